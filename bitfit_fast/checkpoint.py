@@ -1,0 +1,347 @@
+"""The file of trained biases and head: saving, loading, unloading, merging."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._version import __version__
+from .errors import BitFitError, listed
+from .models.loading import load_model, load_tokenizer
+from .selection import HEAD, Selection
+from .tensorfile import digest, read_tensors, write_tensors
+
+__all__ = [
+    "Checkpoint",
+    "Header",
+    "fingerprint",
+    "load",
+    "merge",
+    "open_model",
+    "read",
+    "save",
+    "unload",
+    "versions",
+]
+
+_KIND = "checkpoint"
+_BACKUP = "_bitfit_fast_base"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says about itself.
+
+    Attributes
+    ----------
+    base : str
+        Hub name or folder of the pretrained model.
+    fingerprint : str
+        SHA-256 of the base's weights that did not train.
+    model_class : str
+        Class of the model that trained.
+    method : str
+        `bitfit`, `full` or `frozen`.
+    terms : list of str
+        Terms of the trained biases.
+    layers : list of int
+        Layers in which a bias trained.
+    head : bool
+        Whether the head trained.
+    labels : list of str, or None
+        Class names in index order; None for regression.
+    task : dict
+        What else the training run knew: the task's name, its columns, the token limit.
+    versions : dict of str to str
+        Of the software that wrote the file.
+    """
+
+    base: str
+    fingerprint: str
+    model_class: str
+    method: str
+    terms: list[str]
+    layers: list[int]
+    head: bool
+    labels: list[str] | None
+    task: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read into memory: its header, and its CPU tensors by parameter name."""
+
+    path: Path
+    header: Header
+    tensors: dict[str, Tensor]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import transformers
+
+    return {
+        "bitfit_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def fingerprint(model: nn.Module, trained: set[str] | tuple[str, ...]) -> str:
+    """Return the SHA-256 of everything in the model's state but the parameters `trained`.
+
+    A weight with several names (tied) counts as trained under each of them.
+    """
+    parameters = dict(model.named_parameters())
+    left_out = {id(parameters[name]) for name in trained if name in parameters}
+    state = model.state_dict(keep_vars=True)
+    return digest((n, t) for n, t in state.items() if id(t) not in left_out)
+
+
+def _labels(model: nn.Module) -> list[str] | None:
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "problem_type", None) == "regression":
+        return None
+    return [config.id2label[i] for i in range(len(config.id2label))]
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    task: dict[str, Any] | None = None,
+    base_fingerprint: str | None = None,
+) -> None:
+    """Write the trained parameters, those with `requires_grad`, to one safetensors file.
+
+    The file is written beside and renamed: a kill at any moment leaves a previous one whole.
+
+    Parameters
+    ----------
+    model : nn.Module
+        After `select`, usually trained.
+    path : str or PathLike
+        File to make or replace.
+    task : dict, optional
+        Anything JSON can hold that a reader should know of the task.
+    base_fingerprint : str, optional
+        `fingerprint(model, trained names)` where the caller has it already.
+
+    Raises
+    ------
+    BitFitError
+        If nothing in the model trains.
+    """
+    selection = Selection.of(model)
+    if not selection.names:
+        raise BitFitError("nothing to save: no parameter of the model has requires_grad")
+    config = getattr(model, "config", None)
+    header = Header(
+        base=getattr(config, "name_or_path", "") or "",
+        fingerprint=base_fingerprint or fingerprint(model, selection.names),
+        model_class=type(model).__name__,
+        method=selection.method,
+        terms=list(selection.terms),
+        layers=list(selection.layers),
+        head=HEAD in selection.counts,
+        labels=_labels(model),
+        task=task or {},
+        versions=versions(),
+    )
+    parameters = dict(model.named_parameters())
+    tensors = {name: parameters[name] for name in selection.names}
+    write_tensors(Path(path), {"kind": _KIND, **asdict(header)}, tensors)
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint and check that it is whole.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        The file, or a run's folder, which holds it as `model.safetensors`.
+
+    Raises
+    ------
+    BitFitError
+        If it is missing, cut short, altered, or a pickle.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    header, tensors = read_tensors(path, _KIND)
+    header.pop("kind")
+    try:
+        return Checkpoint(path, Header(**header), tensors)
+    except TypeError:
+        raise BitFitError(f"{path} was written by another version of bitfit_fast") from None
+
+
+def load(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    *,
+    any_base: bool = False,
+) -> Header:
+    """Put trained parameters into a fresh model; its outputs are then bit-identical.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The base model with a head of the right size; changed in place. What `load` put
+        into it before is taken out first.
+    checkpoint : str, PathLike or Checkpoint
+        A file, a run's folder, or what `read` returned.
+    any_base : bool
+        Load onto other frozen weights than those it was trained with.
+
+    Returns
+    -------
+    Header
+        What the file says about itself.
+
+    Raises
+    ------
+    BitFitError
+        For a broken file, another base, or parameters that do not fit the model.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = read(checkpoint)
+    header, tensors = checkpoint.header, checkpoint.tensors
+    if hasattr(model, _BACKUP):
+        unload(model)
+    parameters = dict(model.named_parameters())
+    made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
+    missing = [name for name in tensors if name not in parameters]
+    if missing:
+        raise BitFitError(
+            f"{made_for}; {type(model).__name__} has no parameter {listed(missing, 3)}"
+        )
+    for name, tensor in tensors.items():
+        if parameters[name].shape != tensor.shape:
+            raise BitFitError(
+                f"{made_for}; its {name} has shape {list(tensor.shape)} and the model's "
+                f"{list(parameters[name].shape)}"
+            )
+    if not any_base:
+        found = fingerprint(model, set(tensors))
+        if found != header.fingerprint:
+            name = getattr(getattr(model, "config", None), "name_or_path", "")
+            raise BitFitError(
+                f"{made_for} with fingerprint {header.fingerprint[:12]}, and this model is "
+                f"'{name}' with fingerprint {found[:12]}; loading onto another base needs "
+                "any_base (--any-base)"
+            )
+    config = getattr(model, "config", None)
+    backup = {
+        "parameters": {name: parameters[name].detach().clone() for name in tensors},
+        "labels": (config.id2label, config.label2id) if header.labels and config else None,
+    }
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    if backup["labels"]:
+        config.id2label = dict(enumerate(header.labels))
+        config.label2id = {label: i for i, label in enumerate(header.labels)}
+    setattr(model, _BACKUP, backup)
+    return header
+
+
+def unload(model: nn.Module) -> None:
+    """Give back the base model exactly as it was before `load`.
+
+    Raises
+    ------
+    BitFitError
+        If nothing was loaded.
+    """
+    backup = getattr(model, _BACKUP, None)
+    if backup is None:
+        raise BitFitError("nothing to unload: no checkpoint was loaded into this model")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in backup["parameters"].items():
+            parameters[name].copy_(tensor)
+    if backup["labels"]:
+        model.config.id2label, model.config.label2id = backup["labels"]
+    delattr(model, _BACKUP)
+
+
+def open_model(
+    path: str | os.PathLike[str], base: str | None = None, any_base: bool = False
+) -> tuple[Any, Any, Checkpoint]:
+    """Load a checkpoint together with the base model that it names.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Checkpoint or run folder.
+    base : str, optional
+        Hub name or folder of the base model, where it is not to be had by the name in
+        the file.
+    any_base : bool
+        See `load`.
+
+    Returns
+    -------
+    model, tokenizer, checkpoint
+        The model in evaluation mode.
+    """
+    checkpoint = read(path)
+    name = base or checkpoint.header.base
+    model = load_model(name, checkpoint.header.labels)
+    load(model, checkpoint, any_base=any_base)
+    return model.eval(), load_tokenizer(name), checkpoint
+
+
+def merge(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    base: str | None = None,
+    any_base: bool = False,
+) -> Path:
+    """Write an ordinary Hugging Face folder, which needs this package no more.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        Checkpoint or run folder.
+    output : str or PathLike
+        Folder to make; it appears whole or not at all.
+    base, any_base
+        See `open_model`.
+
+    Returns
+    -------
+    Path
+        The folder: `from_pretrained` and `pipeline` open it with identical outputs.
+
+    Raises
+    ------
+    BitFitError
+        If the folder exists and is not empty, or the checkpoint cannot be loaded.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise BitFitError(f"{output} exists already; name a new folder to merge into")
+    model, tokenizer, _ = open_model(path, base, any_base)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output

@@ -1,0 +1,397 @@
+"""The command line: `bitfit-fast train | evaluate | predict | inspect | merge`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import __version__
+from .checkpoint import load, open_model, read
+from .checkpoint import merge as merge_checkpoint
+from .data.load import TASKS, load_task
+from .errors import BitFitError, BitFitWarning, listed
+from .files import write_json
+from .inference import bias_changes, evaluate_checkpoint, predict_checkpoint, task_of
+from .models.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from .plots import change_heatmap
+from .selection import METHODS, Selection
+from .train.loop import train as run_training
+from .train.run_folder import RunFolder
+from .train.settings import MIN_STEPS, Settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Fine-tune pretrained transformers with BitFit: train the biases and the task head.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+# typer reads these annotations at run time, and on Python 3.10 it needs Optional
+Text = Optional[str]  # noqa: UP045
+Number = Optional[int]  # noqa: UP045
+Real = Optional[float]  # noqa: UP045
+Location = Optional[Path]  # noqa: UP045
+
+DATA, RUN, SPEED = "Data", "Run", "Hyper-parameters"
+Trained = Annotated[Path, typer.Argument(help="A run's folder, or its model.safetensors.")]
+Base = Annotated[
+    Text, typer.Option(help="Base model, where it is not to be had by the name in the file.")
+]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Load onto other frozen weights than those trained with.")
+]
+DataDir = Annotated[
+    Location,
+    typer.Option(
+        help="Folder with GLUE's own task folders (RTE/train.tsv, ...); else the hub is asked.",
+        rich_help_panel=DATA,
+    ),
+]
+OneFile = Annotated[
+    Location, typer.Option("--file", help="CSV, TSV, JSON-lines or Parquet file instead.")
+]
+TaskName = Annotated[Text, typer.Option("--task", help="Task; by default the one trained on.")]
+Precision = Annotated[str, typer.Option(help="fp32, or bf16 for autocast.", rich_help_panel=SPEED)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=SPEED)]
+MaxLength = Annotated[Number, typer.Option(help="Tokens an example; by default as trained.")]
+
+
+def _quiet() -> None:
+    """Keep the libraries below to errors: what they say besides is no news here."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, typer.Option(help="Hub name or local folder of any sequence-classification model.")
+    ] = DEFAULT_MODEL,
+    task: Annotated[
+        Text, typer.Option(help=f"One of {listed(TASKS)}.", rich_help_panel=DATA)
+    ] = None,
+    data_dir: DataDir = None,
+    train_file: Annotated[
+        Location,
+        typer.Option(
+            help="Instead of a task: CSV, TSV, JSON lines, Parquet.", rich_help_panel=DATA
+        ),
+    ] = None,
+    validation_file: Annotated[
+        Location, typer.Option(help="Evaluated on the way.", rich_help_panel=DATA)
+    ] = None,
+    test_file: Annotated[
+        Location, typer.Option(help="Read and checked, for predict.", rich_help_panel=DATA)
+    ] = None,
+    text_column: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Column of the text; twice for pairs.", rich_help_panel=DATA),
+    ] = None,
+    label_column: Annotated[
+        str, typer.Option(help="Column of the label.", rich_help_panel=DATA)
+    ] = "label",
+    method: Annotated[
+        str, typer.Option(help=", ".join(f"{n}: {m.summary}" for n, m in METHODS.items()) + ".")
+    ] = "bitfit",
+    terms: Annotated[
+        str,
+        typer.Option(
+            help="Kinds of bias to train: all, or some of embedding-layernorm, query, key, value, "
+            "attention-output (m1), attention-layernorm (LN1), intermediate (m2), output (m3), "
+            "output-layernorm (LN2), pooler, joined by commas."
+        ),
+    ] = "all",
+    layers: Annotated[Text, typer.Option(help="Encoder layers, as in 0-5,11; default all.")] = None,
+    head: Annotated[bool, typer.Option("--head/--no-head", help="Train the task head.")] = True,
+    output: Annotated[
+        Location,
+        typer.Option(
+            "--output", "-o", help="Run folder; default runs/TASK-METHOD-SEED.", rich_help_panel=RUN
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run.", rich_help_panel=RUN)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run.", rich_help_panel=RUN)
+    ] = False,
+    lr: Annotated[
+        Real,
+        typer.Option(
+            help="Peak learning rate; default "
+            + ", ".join(f"{m.lr:g} for {n}" for n, m in METHODS.items())
+            + ".",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    epochs: Annotated[
+        Real,
+        typer.Option(
+            help=f"Default 3, and no fewer than {MIN_STEPS} steps.", rich_help_panel=SPEED
+        ),
+    ] = None,
+    max_steps: Annotated[
+        Number, typer.Option(help="Optimiser steps at most.", rich_help_panel=SPEED)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(rich_help_panel=SPEED)] = 16,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens an example.", rich_help_panel=SPEED)
+    ] = 128,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps with rising rate.", rich_help_panel=SPEED)
+    ] = 0.06,
+    schedule: Annotated[
+        str, typer.Option(help="linear (to zero) or constant.", rich_help_panel=SPEED)
+    ] = "linear",
+    seed: Annotated[int, typer.Option(rich_help_panel=SPEED)] = 0,
+    precision: Precision = "fp32",
+    train_fraction: Annotated[
+        float, typer.Option(help="Share of the training set to use.", rich_help_panel=SPEED)
+    ] = 1.0,
+    grad_clip: Annotated[
+        float, typer.Option(help="Largest gradient norm; 0 for none.", rich_help_panel=SPEED)
+    ] = 1.0,
+    eval_every: Annotated[
+        Number,
+        typer.Option(help="Steps between evaluations; default a tenth.", rich_help_panel=RUN),
+    ] = None,
+    patience: Annotated[
+        Number,
+        typer.Option(
+            help="Stop after so many evaluations that are no better.", rich_help_panel=RUN
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="auto, or reference for plain PyTorch.", rich_help_panel=RUN)
+    ] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Fine-tune a pretrained model, and leave a run folder.
+
+    The folder holds the trained biases and head (model.safetensors), metrics.jsonl,
+    summary.json and curves.png.
+    """
+    _quiet()
+    settings = Settings(
+        lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length,
+        warmup=warmup, schedule=schedule, seed=seed, precision=precision,
+        train_fraction=train_fraction, grad_clip=grad_clip, eval_every=eval_every,
+        patience=patience, backend=backend, device=device,
+    )  # fmt: skip
+    if method not in METHODS:
+        raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS)}")
+    data = load_task(
+        task,
+        data_dir=data_dir,
+        train_file=train_file,
+        validation_file=validation_file,
+        test_file=test_file,
+        text_columns=text_column or ["text"],
+        label_column=label_column,
+        kinds=("train", "validation", "test") if task is None else ("train", "validation"),
+    )
+    output = output or Path("runs") / f"{data.name}-{method}-{seed}"
+    RunFolder(output).check(resume, overwrite)
+    loaded = load_model(model, data.labels, seed)
+    tokenizer = load_tokenizer(model)
+    selection = METHODS[method].select(loaded, terms, layers, head)
+    console.print(selection.table())
+    try:
+        summary = run_training(
+            loaded, tokenizer, data, settings, output,
+            resume=resume, overwrite=overwrite, console=console,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        errors.print(f"stopped; the same command with --resume goes on from {output}")
+        raise typer.Exit(130) from None
+    best = summary["best"]
+    judged = [split for split in best if split.startswith("validation")] or ["train"]
+    for split in judged:
+        scores = ", ".join(f"{name} {best[split][name]:.4f}" for name in data.metrics)
+        console.print(f"best {split} (step {best['step']}): {scores}", highlight=False)
+    console.print(
+        f"{summary['steps']} steps, {summary['step_ms']:.0f} ms each; "
+        f"{summary['file_bytes'] / 1e3:.0f} kB in {output / 'model.safetensors'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def evaluate(
+    trained: Trained,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    file: OneFile = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    base: Base = None,
+    any_base: AnyBase = False,
+    max_length: MaxLength = None,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+    output: Annotated[Location, typer.Option(help="Write the scores to a JSON file.")] = None,
+) -> None:
+    """Measure a trained file on a split with labels."""
+    _quiet()
+    data = task_of(read(trained), split, task, data_dir, file)
+    model, tokenizer, checkpoint = open_model(trained, base, any_base)
+    scores = evaluate_checkpoint(
+        model, tokenizer, checkpoint, data, split,
+        max_length=max_length, precision=precision, device=device,
+    )  # fmt: skip
+    table = Table("split", *next(iter(scores.values())), title=f"{data.name}, {trained}")
+    for name, row in scores.items():
+        table.add_row(name, *(f"{value:.4f}" for value in row.values()))
+    console.print(table)
+    if output:
+        write_json(output, scores)
+
+
+@app.command()
+def predict(
+    trained: Trained,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the TSV files.")],
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    file: OneFile = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    base: Base = None,
+    any_base: AnyBase = False,
+    max_length: MaxLength = None,
+    precision: Precision = "fp32",
+    device: Device = "auto",
+) -> None:
+    """Write predictions as TSV files; for a GLUE task, those that its server takes."""
+    _quiet()
+    data = task_of(read(trained), split, task, data_dir, file)
+    model, tokenizer, checkpoint = open_model(trained, base, any_base)
+    for path in predict_checkpoint(
+        model, tokenizer, checkpoint, data, output, split,
+        max_length=max_length, precision=precision, device=device,
+    ):  # fmt: skip
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    trained: Annotated[
+        Location, typer.Argument(help="A run's folder, or its model.safetensors.")
+    ] = None,
+    model: Annotated[
+        Text, typer.Option(help="Instead: show which terms a model has, by name or folder.")
+    ] = None,
+    output: Annotated[
+        Location, typer.Option("--output", "-o", help="PNG or SVG; default beside the file.")
+    ] = None,
+    base: Base = None,
+    any_base: AnyBase = False,
+) -> None:
+    """Show what a trained file holds, and draw how far each bias moved, by term and layer."""
+    _quiet()
+    if (trained is None) == (model is None):
+        raise BitFitError("give either a trained file or --model")
+    if model is not None:
+        loaded = load_model(model, ["0", "1"])
+        METHODS["bitfit"].select(loaded, "all", None, True)
+        console.print(Selection.of(loaded).table())
+        return
+    assert trained is not None
+    checkpoint = read(trained)
+    header = checkpoint.header
+    table = Table("", title=str(checkpoint.path), show_header=False)
+    table.add_column()
+    rows: dict[str, Any] = {
+        "base": header.base,
+        "fingerprint": header.fingerprint[:16],
+        "model": header.model_class,
+        "method": header.method,
+        "terms": ", ".join(header.terms) or "none",
+        "layers": ", ".join(map(str, header.layers)) or "none",
+        "head": "trained" if header.head else "not trained",
+        "labels": ", ".join(header.labels) if header.labels else "a score",
+        "task": header.task.get("name", ""),
+        "parameters": f"{sum(t.numel() for t in checkpoint.tensors.values()):,}",
+        "size": f"{checkpoint.path.stat().st_size / 1e3:.1f} kB",
+        "written by": ", ".join(f"{k} {v}" for k, v in header.versions.items()),
+    }
+    for key, value in rows.items():
+        table.add_row(key, escape(str(value)))
+    console.print(table)
+    before = load_model(base or header.base, header.labels)
+    changes = bias_changes(before, checkpoint)
+    load(before, checkpoint, any_base=any_base)  # refuses another base
+    if not changes:
+        console.print("no bias of the base model was trained, so there is no change to draw")
+        return
+    moved = Table("term", "mean |change|", "layer of the largest", title="How far biases moved")
+    for term in sorted(
+        {t for t, _ in changes}, key=lambda t: -max(v for (u, _), v in changes.items() if u == t)
+    ):
+        of_term = {layer: v for (t, layer), v in changes.items() if t == term}
+        largest = max(of_term, key=of_term.__getitem__)
+        mean = sum(of_term.values()) / len(of_term)
+        moved.add_row(term, f"{mean:.3e}", "-" if largest is None else str(largest))
+    console.print(moved)
+    picture = output or checkpoint.path.with_name("bias_change.png")
+    name = header.task.get("name", checkpoint.path.name)
+    change_heatmap(changes, picture, f"Mean absolute change of the biases, {name}")
+    console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    trained: Trained,
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    base: Base = None,
+    any_base: AnyBase = False,
+) -> None:
+    """Write an ordinary Hugging Face model folder, which needs this package no more."""
+    _quiet()
+    merge_checkpoint(trained, output, base, any_base)
+    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+def _show_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    if issubclass(category, BitFitWarning):
+        errors.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    else:
+        _python_showwarning(message, category, *args, **kwargs)
+
+
+_python_showwarning = warnings.showwarning
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one sentence and exit code 2."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except BitFitError as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

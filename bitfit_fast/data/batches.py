@@ -1,0 +1,104 @@
+"""From texts to batches: tokens, the order of examples, padding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from .task import Split
+
+__all__ = ["Collate", "EpochBatches", "evaluation_batches", "pad", "tokenize", "training_batches"]
+
+Features = list[dict[str, Any]]
+Batch = dict[str, Tensor]
+Collate = Callable[[Features], Batch]
+
+
+def tokenize(split: Split, tokenizer: Any, max_length: int) -> Features:
+    """Turn a split into token ids.
+
+    Parameters
+    ----------
+    split : Split
+        Single sentences or pairs.
+    tokenizer : PreTrainedTokenizerBase
+        The model's own; special tokens and token types are what it makes of a pair.
+    max_length : int
+        Longer examples are cut, the longer sentence of a pair first.
+
+    Returns
+    -------
+    list of dict
+        One an example: the tokenizer's keys, and `labels` where the split has them.
+    """
+    # the threads of the tokenizer are done before anything forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_length)
+    keys = list(encoded.keys())
+    features = [{key: encoded[key][i] for key in keys} for i in range(len(split))]
+    if split.labels is not None:
+        for feature, label in zip(features, split.labels):
+            feature["labels"] = label
+    return features
+
+
+def pad(tokenizer: Any) -> Collate:
+    """Return the collation of the reference: pad to the longest example of the batch."""
+    from transformers import DataCollatorWithPadding
+
+    return DataCollatorWithPadding(tokenizer)
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Endless batches of example indices, a fresh permutation an epoch.
+
+    The order depends on `seed` and the epoch's number alone, so a resumed run, and every
+    backend, sees the same examples in the same batches.
+
+    Parameters
+    ----------
+    examples, batch_size, seed : int
+        The last batch of an epoch may be smaller.
+    start : int
+        Number of batches to leave out.
+    """
+
+    def __init__(self, examples: int, batch_size: int, seed: int, start: int = 0) -> None:
+        self.examples, self.batch_size, self.seed, self.start = examples, batch_size, seed, start
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, first = divmod(self.start, self.per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.examples, generator=generator).tolist()
+            for batch in range(first, self.per_epoch):
+                yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            epoch, first = epoch + 1, 0
+
+
+def training_batches(
+    features: Features, collate: Collate, batch_size: int, seed: int, start: int = 0
+) -> Iterator[Batch]:
+    """Yield training batches without end, from batch number `start` on."""
+    order = EpochBatches(len(features), batch_size, seed, start)
+    return iter(DataLoader(features, batch_sampler=order, collate_fn=collate))
+
+
+def evaluation_batches(
+    features: Features, collate: Collate, batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield every example once, with its indices; sorted by length, so little is padded."""
+    order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        yield indices, collate([features[i] for i in indices])

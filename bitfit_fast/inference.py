@@ -1,0 +1,199 @@
+"""What is done with a finished checkpoint: evaluation, predictions, bias changes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .data.batches import pad, tokenize
+from .data.glue import GLUE
+from .data.load import load_task
+from .data.task import Split, TaskData
+from .errors import BitFitError, listed
+from .files import replace_file
+from .models.families import biases
+from .train.evaluate import evaluate, predict
+from .train.loop import choose_device
+
+__all__ = ["bias_changes", "evaluate_checkpoint", "predict_checkpoint", "task_of"]
+
+#: Range of STS-B's scores, which the GLUE server checks.
+_STSB_RANGE = (0.0, 5.0)
+
+
+def task_of(
+    checkpoint: Checkpoint,
+    split: str = "validation",
+    task: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    file: str | os.PathLike[str] | None = None,
+) -> TaskData:
+    """Load a split for a checkpoint: by default of the task that it was trained on.
+
+    Raises
+    ------
+    BitFitError
+        If the task has other labels than the checkpoint, or no such split.
+    """
+    header = checkpoint.header
+    info = header.task
+    if file is not None:
+        columns = {k: info[k] for k in ("text_columns", "label_column") if k in info}
+        data = load_task(
+            **{f"{split}_file": file},
+            **columns,
+            labels=header.labels,
+            regression=header.labels is None,
+            kinds=(split,),
+        )
+    else:
+        name = task or info.get("name")
+        if name is None or (task is None and "text_columns" in info):
+            raise BitFitError(
+                f"{checkpoint.path} was trained on files of its own; name one with --file"
+            )
+        data = load_task(name, data_dir=data_dir, kinds=(split,))
+    if (None if data.labels is None else list(data.labels)) != header.labels:
+        raise BitFitError(
+            f"the task {data.name} has the labels {listed(data.labels or ['a score'])}, and "
+            f"{checkpoint.path} was trained for {listed(header.labels or ['a score'])}"
+        )
+    if not _splits(data, split):
+        raise BitFitError(
+            f"the task {data.name} has no split '{split}'; it has {listed(data.splits)}"
+        )
+    return data
+
+
+def _splits(data: TaskData, kind: str) -> list[Split]:
+    return [s for name, s in data.splits.items() if name.split("_")[0] == kind]
+
+
+def _features(
+    checkpoint: Checkpoint, tokenizer: Any, split: Split, max_length: int | None
+) -> list[dict[str, Any]]:
+    return tokenize(split, tokenizer, max_length or checkpoint.header.task.get("max_length", 128))
+
+
+def evaluate_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    data: TaskData,
+    split: str = "validation",
+    *,
+    max_length: int | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+) -> dict[str, dict[str, float]]:
+    """Return loss and metrics of each split of the kind `split`, by split name.
+
+    Raises
+    ------
+    BitFitError
+        If a split has no labels.
+    """
+    model.to(choose_device(device))
+    metrics = checkpoint.header.task.get("metrics") or data.metrics
+    scores = {}
+    for part in _splits(data, split):
+        if part.labels is None:
+            raise BitFitError(f"the split {part.name} of {data.name} has no labels to compare with")
+        features = _features(checkpoint, tokenizer, part, max_length)
+        scores[part.name] = evaluate(model, features, pad(tokenizer), metrics, precision)
+    return scores
+
+
+def predict_checkpoint(
+    model: nn.Module,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    data: TaskData,
+    output: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    max_length: int | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+) -> list[Path]:
+    """Write predictions in the form of GLUE's submissions: `index` and `prediction`.
+
+    Parameters
+    ----------
+    model, tokenizer, checkpoint
+        From `open_model`.
+    data : TaskData
+        From `task_of`.
+    output : str or PathLike
+        Folder; a GLUE task's files get the names that the server expects.
+    split : str
+        Kind of split.
+    max_length, precision, device
+        As in training.
+
+    Returns
+    -------
+    list of Path
+        The files: two for MNLI, else one.
+    """
+    model.to(choose_device(device))
+    paths = []
+    for part in _splits(data, split):
+        # labels play no part here, and some files only pretend to have them
+        features = _features(checkpoint, tokenizer, Split(part.name, part.texts, None), max_length)
+        logits, _ = predict(model, features, pad(tokenizer), precision=precision)
+        lines = [f"{i}\t{text}" for i, text in enumerate(_written(data, logits))]
+        text = "\n".join(["index\tprediction", *lines]) + "\n"
+        path = Path(output) / f"{_submission_name(data.name, part.name)}.tsv"
+        replace_file(path, lambda tmp, text=text: tmp.write_text(text, encoding="utf-8") and None)
+        paths.append(path)
+    return paths
+
+
+def _submission_name(task: str, split: str) -> str:
+    if task not in GLUE:
+        return f"{task}-{split}"
+    suffix = {"matched": "-m", "mismatched": "-mm"}.get(split.partition("_")[2], "")
+    return GLUE[task].folder + suffix
+
+
+def _written(data: TaskData, logits: Tensor) -> list[str]:
+    if data.labels is None:
+        values = logits.squeeze(-1)
+        if data.name == "stsb":
+            values = values.clamp(*_STSB_RANGE)
+        return [f"{value:.3f}" for value in values.tolist()]
+    names = (GLUE[data.name].written_labels if data.name in GLUE else None) or data.labels
+    return [names[i] for i in logits.argmax(-1).tolist()]
+
+
+def bias_changes(base: nn.Module, checkpoint: Checkpoint) -> dict[tuple[str, int | None], float]:
+    """Return how far each kind of bias moved in training.
+
+    Parameters
+    ----------
+    base : nn.Module
+        The model as it was before training.
+    checkpoint : Checkpoint
+        What came out.
+
+    Returns
+    -------
+    dict of (term, layer) to float
+        Mean absolute difference over the entries (Ben Zaken et al. 2022, section 4.2);
+        layer None stands for biases outside of the layers.
+    """
+    parameters = dict(base.named_parameters())
+    sums: dict[tuple[str, int | None], tuple[float, int]] = {}
+    for bias in biases(base):
+        if bias.name not in checkpoint.tensors:
+            continue
+        before = parameters[bias.name].detach().cpu().double()
+        moved = (checkpoint.tensors[bias.name].double() - before).abs()
+        total, count = sums.get((bias.term, bias.layer), (0.0, 0))
+        sums[bias.term, bias.layer] = (total + moved.sum().item(), count + moved.numel())
+    return {key: total / count for key, (total, count) in sums.items()}

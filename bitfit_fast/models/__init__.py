@@ -1,0 +1,1 @@
+"""Knowledge about model families, and loading models."""

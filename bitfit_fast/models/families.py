@@ -1,0 +1,278 @@
+"""Which bias is which: one table row per model family.
+
+A row names, for every bias of a family, the term that the BitFit paper (Ben Zaken et al.,
+ACL 2022, section 3) or its natural extension uses. Paths are exact, so a term never matches
+a second kind of bias. Families without a row, and biases that a row does not know, fall back
+to the type of the module that holds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+__all__ = ["ALIASES", "FAMILIES", "PAPER_TERMS", "Bias", "Family", "biases", "head_prefix"]
+
+#: The paper's kinds of bias, in the order in which a transformer layer meets them.
+PAPER_TERMS = (
+    "embedding-layernorm",
+    "query",
+    "key",
+    "value",
+    "attention-output",
+    "attention-layernorm",
+    "intermediate",
+    "output",
+    "output-layernorm",
+    "pooler",
+)
+
+#: The paper's symbols for them.
+ALIASES = {
+    "m1": "attention-output",
+    "ln1": "attention-layernorm",
+    "m2": "intermediate",
+    "m3": "output",
+    "ln2": "output-layernorm",
+}
+
+_BIAS_NAME = re.compile(r"^bias$|_bias$|^bias_")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family of models keeps its biases.
+
+    Attributes
+    ----------
+    layer : str
+        Path of an encoder layer below the base model, `*` for each number. Layers are
+        counted in the order of the model, so families with shared layers (ALBERT) have
+        as many layers as they have sets of parameters.
+    inside : dict of str to str
+        Term -> path of its bias below a layer.
+    outside : dict of str to str
+        Term -> path of its bias below the base model.
+    """
+
+    layer: str
+    inside: dict[str, str]
+    outside: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """One bias parameter of a model.
+
+    Attributes
+    ----------
+    name : str
+        Name in `model.named_parameters()`.
+    term : str
+        What kind of bias it is.
+    layer : int or None
+        Encoder layer that holds it, None outside of the layers.
+    named : bool
+        False where only the fallback by module type knew a term.
+    """
+
+    name: str
+    term: str
+    layer: int | None
+    named: bool
+
+
+def _bert(**changes: str) -> Family:
+    """Return BERT's row, with the bias paths named in `changes` put elsewhere."""
+    inside = {
+        "query": "attention.self.query.bias",
+        "key": "attention.self.key.bias",
+        "value": "attention.self.value.bias",
+        "attention-output": "attention.output.dense.bias",
+        "attention-layernorm": "attention.output.LayerNorm.bias",
+        "intermediate": "intermediate.dense.bias",
+        "output": "output.dense.bias",
+        "output-layernorm": "output.LayerNorm.bias",
+    }
+    outside = {
+        "embedding-layernorm": "embeddings.LayerNorm.bias",
+        "pooler": "pooler.dense.bias",
+        "embedding-projection": "embeddings_project.bias",  # ELECTRA small
+    }
+    inside.update({term.replace("_", "-"): path for term, path in changes.items()})
+    return Family("encoder.layer.*", inside, outside)
+
+
+_BERT = _bert()
+_DEBERTA_OUTSIDE = {
+    "embedding-layernorm": "embeddings.LayerNorm.bias",
+    "relative-layernorm": "encoder.LayerNorm.bias",
+    "convolution": "encoder.conv.conv.bias",
+    "convolution-layernorm": "encoder.conv.LayerNorm.bias",
+}
+_VIT = Family(
+    "layers.*",
+    {
+        "query": "attention.q_proj.bias",
+        "key": "attention.k_proj.bias",
+        "value": "attention.v_proj.bias",
+        "attention-output": "attention.o_proj.bias",
+        # pre-norm: each LayerNorm stands before the block that it is named after
+        "attention-layernorm": "layernorm_before.bias",
+        "output-layernorm": "layernorm_after.bias",
+        "intermediate": "mlp.fc1.bias",
+        "output": "mlp.fc2.bias",
+    },
+    {
+        "patch-embedding": "embeddings.patch_embeddings.projection.bias",
+        "final-layernorm": "layernorm.bias",
+        "pooler": "pooler.dense.bias",
+    },
+)
+
+#: Rows by the `model_type` of the model's configuration.
+FAMILIES: dict[str, Family] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": _BERT,
+    "mpnet": _bert(
+        query="attention.attn.q.bias",
+        key="attention.attn.k.bias",
+        value="attention.attn.v.bias",
+        attention_output="attention.attn.o.bias",
+        attention_layernorm="attention.LayerNorm.bias",
+    ),
+    "distilbert": Family(
+        "transformer.layer.*",
+        {
+            "query": "attention.q_lin.bias",
+            "key": "attention.k_lin.bias",
+            "value": "attention.v_lin.bias",
+            "attention-output": "attention.out_lin.bias",
+            "attention-layernorm": "sa_layer_norm.bias",
+            "intermediate": "ffn.lin1.bias",
+            "output": "ffn.lin2.bias",
+            "output-layernorm": "output_layer_norm.bias",
+        },
+        {"embedding-layernorm": "embeddings.LayerNorm.bias"},
+    ),
+    "albert": Family(
+        "encoder.albert_layer_groups.*.albert_layers.*",
+        {
+            "query": "attention.query.bias",
+            "key": "attention.key.bias",
+            "value": "attention.value.bias",
+            "attention-output": "attention.dense.bias",
+            "attention-layernorm": "attention.LayerNorm.bias",
+            "intermediate": "ffn.bias",
+            "output": "ffn_output.bias",
+            "output-layernorm": "full_layer_layer_norm.bias",
+        },
+        {
+            "embedding-layernorm": "embeddings.LayerNorm.bias",
+            "embedding-projection": "encoder.embedding_hidden_mapping_in.bias",
+            "pooler": "pooler.bias",
+        },
+    ),
+    "deberta": Family(
+        "encoder.layer.*",
+        # one projection makes q, k and v; only q and v have a bias, kept beside it
+        {
+            **_BERT.inside,
+            "query": "attention.self.q_bias",
+            "value": "attention.self.v_bias",
+            "position-query": "attention.self.pos_q_proj.bias",
+        },
+        _DEBERTA_OUTSIDE,
+    ),
+    "deberta-v2": Family(
+        "encoder.layer.*",
+        {
+            **_BERT.inside,
+            "query": "attention.self.query_proj.bias",
+            "key": "attention.self.key_proj.bias",
+            "value": "attention.self.value_proj.bias",
+            "position-query": "attention.self.pos_query_proj.bias",
+            "position-key": "attention.self.pos_key_proj.bias",
+        },
+        _DEBERTA_OUTSIDE,
+    ),
+    "vit": _VIT,
+    "deit": _VIT,
+}
+
+
+def head_prefix(model: nn.Module) -> str | None:
+    """Return the name prefix that separates the pretrained base from the task head.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model, or any module.
+
+    Returns
+    -------
+    str or None
+        Names with this prefix belong to the base and all others to the head; empty for a
+        model without a head. None if the model does not say, as a plain `nn.Module`.
+    """
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:
+        return None
+    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
+
+
+def _fallback_term(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if "Norm" in kind:
+        return "layernorm"
+    if isinstance(module, nn.Linear) or kind == "Conv1D":  # GPT-2's transposed linear
+        return "linear"
+    if "Conv" in kind:
+        return "convolution"
+    return "other"
+
+
+def biases(model: nn.Module) -> Iterator[Bias]:
+    """Yield every bias parameter of the model's base (not of its head), in model order.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of any kind, or any module.
+
+    Yields
+    ------
+    Bias
+        A parameter shared by several modules comes once, under its first name.
+    """
+    prefix = head_prefix(model) or ""
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    outside = {path: term for term, path in family.outside.items()} if family else {}
+    inside = {path: term for term, path in family.inside.items()} if family else {}
+    pattern = family.layer if family else "*"
+    # a model without a row still has its layers counted: the first number in a path
+    layer_path = (
+        re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\.")
+        if family
+        else re.compile(r"(?:[^.]+\.)*?\d+\.")
+    )
+    layers: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        if not name.startswith(prefix):
+            continue
+        path = name[len(prefix) :]
+        match = layer_path.match(path)
+        layer = layers.setdefault(match.group(), len(layers)) if match else None
+        owner, _, attribute = name.rpartition(".")
+        if not _BIAS_NAME.search(attribute):
+            continue
+        term = inside.get(path[match.end() :]) if match else outside.get(path)
+        yield Bias(
+            name, term or _fallback_term(model.get_submodule(owner)), layer, term is not None
+        )

@@ -1,0 +1,344 @@
+"""What trains: biases by term and layer, the task head, and the audit of that choice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .errors import BitFitError, listed
+from .models.families import ALIASES, PAPER_TERMS, Bias, biases, head_prefix
+
+__all__ = ["METHODS", "Method", "Selection", "Trained", "parse_layers", "parse_terms", "select"]
+
+#: Terms that stand for what is not a bias of the base model.
+HEAD, WEIGHTS = "head", "weights"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained parameter: its name, term, layer (None outside of layers) and size."""
+
+    name: str
+    term: str
+    layer: int | None
+    count: int
+    named: bool = True
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parameters of a model that train, and what the rest amounts to.
+
+    Printing it shows the audit table.
+
+    Attributes
+    ----------
+    trained : tuple of Trained
+        In model order.
+    base_parameters, head_parameters : int
+        Size of the whole model, below and in the task head.
+    """
+
+    trained: tuple[Trained, ...]
+    base_parameters: int
+    head_parameters: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Selection:
+        """Describe the selection that the model's `requires_grad` flags make."""
+        known = {bias.name: bias for bias in biases(model)}
+        base = _base_names(model)
+        trained, sizes = [], {True: 0, False: 0}
+        for name, parameter in model.named_parameters():
+            sizes[name in base] += parameter.numel()
+            if not parameter.requires_grad:
+                continue
+            bias = known.get(name)
+            if bias is not None:
+                row = Trained(name, bias.term, bias.layer, parameter.numel(), bias.named)
+            else:
+                term = WEIGHTS if name in base else HEAD
+                row = Trained(name, term, None, parameter.numel())
+            trained.append(row)
+        return cls(tuple(trained), sizes[True], sizes[False])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trained parameters, the head's included, in model order."""
+        return tuple(t.name for t in self.trained)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Trained parameters by term, in the paper's order, the head last."""
+        counts: dict[str, int] = {}
+        for t in self.trained:
+            counts[t.term] = counts.get(t.term, 0) + t.count
+        order = {term: i for i, term in enumerate((*PAPER_TERMS, "", WEIGHTS, HEAD))}
+        return dict(sorted(counts.items(), key=lambda item: order.get(item[0], order[""])))
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Terms of the trained biases, without the head."""
+        return tuple(t for t in self.counts if t not in (HEAD, WEIGHTS))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers in which a bias trains."""
+        return tuple(sorted({t.layer for t in self.trained if t.layer is not None}))
+
+    @property
+    def biases(self) -> int:
+        """Trained bias parameters of the base, the head apart."""
+        return sum(self.counts[term] for term in self.terms)
+
+    @property
+    def total(self) -> int:
+        """All trained parameters."""
+        return sum(self.counts.values())
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over all parameters, the head apart from both, as in the paper."""
+        return (self.total - self.counts.get(HEAD, 0)) / max(self.base_parameters, 1)
+
+    @property
+    def method(self) -> str:
+        """The method that trains these parameters: `bitfit`, `full` or `frozen`."""
+        if WEIGHTS in self.counts:
+            return "full"
+        return "bitfit" if self.biases else "frozen"
+
+    def table(self) -> Table:
+        """Return the audit table."""
+        model = self.base_parameters + self.head_parameters
+        table = Table("term", "tensors", "parameters", "share of model", title="What trains")
+        for column in table.columns[1:]:
+            column.justify = "right"
+
+        def row(label: str, members: Iterable[Trained], **style: object) -> None:
+            members = list(members)
+            count = sum(t.count for t in members)
+            share = f"{count / max(model, 1):.4%}"
+            table.add_row(label, str(len(members)), f"{count:,}", share, **style)
+
+        for term in self.counts:
+            if term != HEAD:
+                row(term, (t for t in self.trained if t.term == term))
+        table.add_section()
+        row("all but the head", (t for t in self.trained if t.term != HEAD))
+        row("head", (t for t in self.trained if t.term == HEAD))
+        row("trained", self.trained, style="bold")
+        table.add_row("model", "", f"{model:,}", "")
+        unnamed = [t.name for t in self.trained if not t.named]
+        if unnamed:
+            table.caption = f"named by module type only: {listed(unnamed)}"
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()
+
+
+def _base_names(model: nn.Module) -> set[str]:
+    prefix = head_prefix(model) or ""
+    return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+
+
+def parse_terms(terms: str | Iterable[str]) -> tuple[str, ...] | None:
+    """Read a choice of terms.
+
+    Parameters
+    ----------
+    terms : str or iterable of str
+        Names or the paper's symbols (`m1 LN1 m2 m3 LN2`), separated by commas, plus signs
+        or blanks; `"all"` for every bias.
+
+    Returns
+    -------
+    tuple of str, or None
+        Canonical names without repetition; None for all.
+
+    Raises
+    ------
+    BitFitError
+        If nothing is named.
+    """
+    words = re.split(r"[,+\s]+", terms) if isinstance(terms, str) else list(terms)
+    words = [w.strip().lower() for w in words if w.strip()]
+    if not words:
+        raise BitFitError("no terms given; use 'all' or some of " + listed(PAPER_TERMS))
+    if "all" in words:
+        return None
+    return tuple(dict.fromkeys(ALIASES.get(word, word) for word in words))
+
+
+def parse_layers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Read a choice of layers such as `"0-5,11"`; None stands for all of them.
+
+    Raises
+    ------
+    BitFitError
+        If the text is not made of numbers and ranges.
+    """
+    if layers is None:
+        return None
+    if not isinstance(layers, str):
+        return tuple(layers)
+    chosen: list[int] = []
+    for part in layers.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise BitFitError(f"layers '{layers}' is not a list of numbers and ranges like 0-5,11")
+        chosen.extend(range(first, last + 1))
+    return tuple(dict.fromkeys(chosen))
+
+
+def _choose(
+    model: nn.Module, terms: tuple[str, ...] | None, layers: tuple[int, ...] | None
+) -> list[Bias]:
+    found = list(biases(model))
+    who = type(model).__name__
+    has = list(dict.fromkeys(bias.term for bias in found))
+    has.sort(key=lambda t: PAPER_TERMS.index(t) if t in PAPER_TERMS else len(PAPER_TERMS))
+    if not found:
+        raise BitFitError(
+            f"{who} has no bias terms outside its head (terms it has: none), "
+            "so BitFit has nothing to train"
+        )
+    for term in terms or ():
+        if term not in has:
+            problem = (
+                f"{who} has no bias of term '{term}'"
+                if term in PAPER_TERMS
+                else f"unknown term '{term}'"
+            )
+            raise BitFitError(f"{problem}; the terms of this model are all, {listed(has, 30)}")
+    there = sorted({bias.layer for bias in found if bias.layer is not None})
+    for layer in layers or ():
+        if layer not in there:
+            valid = f"layers {there[0]}-{there[-1]}" if there else "no numbered layers"
+            raise BitFitError(f"layer {layer} is out of range: {who} has {valid}")
+
+    def wanted(bias: Bias) -> bool:
+        if terms is not None and bias.term not in terms:
+            return False
+        if layers is None:
+            return True
+        # a bias outside of the layers trains with a choice of layers only where it is named
+        return bias.layer in layers if bias.layer is not None else terms is not None
+
+    chosen = [bias for bias in found if wanted(bias)]
+    if not chosen:
+        raise BitFitError(f"no bias of {who} is of the terms {listed(terms or ())} in those layers")
+    return chosen
+
+
+def _head_names(model: nn.Module, head: bool | Sequence[str]) -> set[str]:
+    if head is False:
+        return set()
+    names = [name for name, _ in model.named_parameters()]
+    if head is not True:
+        for prefix in head:
+            if not any(name.startswith(prefix) for name in names):
+                raise BitFitError(f"no parameter of {type(model).__name__} begins with '{prefix}'")
+        return {name for name in names if name.startswith(tuple(head))}
+    if head_prefix(model) is None:
+        raise BitFitError(
+            f"{type(model).__name__} does not say which part is its head; "
+            "name it, as in head=['classifier'], or pass head=False"
+        )
+    return set(names) - _base_names(model)
+
+
+def _train_only(model: nn.Module, names: set[str]) -> Selection:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return Selection.of(model)
+
+
+def select(
+    model: nn.Module,
+    terms: str | Iterable[str] = "all",
+    layers: str | Sequence[int] | None = None,
+    head: bool | Sequence[str] = True,
+) -> Selection:
+    """Let the chosen biases and the head train, and freeze everything else.
+
+    This is BitFit (Ben Zaken et al., ACL 2022): the gradient reaches no weight matrix of
+    the base model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place: only `requires_grad` flags are touched.
+    terms : str or iterable of str
+        `"all"`, or the kinds of bias to train, by the paper's names or symbols:
+        `query`, `key`, `value`, `attention-output` (m1), `attention-layernorm` (LN1),
+        `intermediate` (m2), `output` (m3), `output-layernorm` (LN2),
+        `embedding-layernorm`, `pooler`, and what else the model's family has.
+    layers : str or sequence of int, optional
+        Encoder layers, as `"0-5,11"` or numbers from 0. With a choice of layers, biases
+        outside of the layers (embedding, pooler) train only where `terms` names them.
+    head : bool or sequence of str
+        Whether the task head trains; or the name prefixes of its parameters, for a
+        module that does not say which part is its head.
+
+    Returns
+    -------
+    Selection
+        The trained parameters; printing it shows the audit table.
+
+    Raises
+    ------
+    BitFitError
+        For a term or layer that the model does not have.
+    """
+    chosen = _choose(model, parse_terms(terms), parse_layers(layers))
+    return _train_only(model, {bias.name for bias in chosen} | _head_names(model, head))
+
+
+def _select_full(model: nn.Module, terms: str, layers: str | None, head: bool) -> Selection:
+    _refuse_choice("full", terms, layers)
+    names = {name for name, _ in model.named_parameters()}
+    return _train_only(model, names if head else names & _base_names(model))
+
+
+def _select_frozen(model: nn.Module, terms: str, layers: str | None, head: bool) -> Selection:
+    _refuse_choice("frozen", terms, layers)
+    if not head:
+        raise BitFitError("method 'frozen' trains only the head, so it cannot go without it")
+    return _train_only(model, _head_names(model, True))
+
+
+def _refuse_choice(method: str, terms: str, layers: str | None) -> None:
+    if parse_terms(terms) is not None or layers is not None:
+        raise BitFitError(f"terms and layers choose biases; method '{method}' does not take them")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: what it trains, and the learning rate to begin with.
+
+    `select(model, terms, layers, head)` sets the model's `requires_grad` flags.
+    """
+
+    select: Callable[..., Selection]
+    lr: float
+    summary: str
+
+
+#: Fine-tuning methods by the name that the command line takes.
+METHODS: dict[str, Method] = {
+    "bitfit": Method(select, 1e-3, "biases and the head"),
+    "full": Method(_select_full, 5e-5, "every parameter"),
+    "frozen": Method(_select_frozen, 1e-3, "the head alone"),
+}

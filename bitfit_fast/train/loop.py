@@ -1,0 +1,400 @@
+"""The training loop: batches, evaluations, checkpoints, progress; the step is a backend's."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor, nn
+
+from ..checkpoint import fingerprint, save, versions
+from ..data.batches import Features, tokenize, training_batches
+from ..data.task import TaskData
+from ..errors import BitFitError, listed
+from ..files import write_json
+from ..plots import learning_curves
+from ..selection import HEAD, Selection
+from .backends import choose_backend
+from .evaluate import evaluate
+from .measure import StepClock, device_name, peak_memory, reset_peak_memory
+from .run_folder import Progress, RunFolder
+from .settings import Plan, Settings
+
+__all__ = ["check_gradients", "choose_device", "token_limit", "train"]
+
+#: Steps between reads of the loss on a GPU: reading waits for the device.
+_GPU_LOG_EVERY = 10
+#: Training examples that an evaluation looks at where no validation set sets the number.
+_TRAIN_SAMPLE = 1000
+
+
+def check_gradients(model: nn.Module, names: Iterable[str]) -> None:
+    """Check after a backward pass that exactly the parameters `names` have a gradient.
+
+    Raises
+    ------
+    BitFitError
+        With the names of selected parameters without a gradient, or of others with one.
+    """
+    names = set(names)
+    have = {name for name, p in model.named_parameters() if p.grad is not None}
+    if missing := sorted(names - have):
+        raise BitFitError(
+            f"{len(missing)} selected parameters got no gradient: {listed(missing, 5)}"
+        )
+    if extra := sorted(have - names):
+        raise BitFitError(
+            f"{len(extra)} parameters that are not selected got a gradient: {listed(extra, 5)}"
+        )
+
+
+def token_limit(model: nn.Module, tokenizer: Any) -> int:
+    """Return how many tokens an example may have for the model and its tokenizer."""
+    limits = [tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from behind the padding index
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - unused)
+    return min(limits)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device `name`; `auto` is a GPU where there is one.
+
+    Raises
+    ------
+    BitFitError
+        If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BitFitError(f"unknown device '{name}'; valid ones are auto, cpu, cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BitFitError(f"device '{name}' is asked for, and PyTorch sees no CUDA device")
+    return device
+
+
+def _subset(features: Features, count: int, seed: int) -> Features:
+    """Return `count` examples by seed; a smaller count gives a subset of a larger one's."""
+    if count >= len(features):
+        return features
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [features[i] for i in order[:count]]
+
+
+class _Run:
+    """One call of `train`: everything is checked in the constructor, before files change."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        data: TaskData,
+        settings: Settings,
+        folder: RunFolder | None,
+        console: Console | None,
+    ) -> None:
+        self.model, self.data, self.settings = model, data, settings
+        self.folder, self.console = folder, console
+        self.selection = Selection.of(model)
+        if not self.selection.names:
+            raise BitFitError("nothing trains: no parameter of the model has requires_grad")
+        if data.train is None or data.train.labels is None:
+            raise BitFitError(f"the task {data.name} has no training split with labels")
+        limit = token_limit(model, tokenizer)
+        if settings.max_length > limit:
+            raise BitFitError(
+                f"max-length {settings.max_length} is more than the {limit} of the model"
+            )
+        self.backend = choose_backend(settings.backend, model, self.selection)
+        self.device = choose_device(settings.device)
+        examples = max(1, round(settings.train_fraction * len(data.train)))
+        self.plan = Plan.of(settings, self.selection.method, examples)
+        self.base = fingerprint(model, self.selection.names)
+
+        tokens = {
+            name: tokenize(split, tokenizer, settings.max_length)
+            for name, split in data.splits.items()
+            if split.labels is not None
+        }
+        self.features = _subset(tokens["train"], examples, settings.seed)
+        validation = {n: f for n, f in tokens.items() if n.startswith("validation")}
+        # as many training examples as validation examples are evaluated, so that the
+        # generalisation gap costs no more than the validation itself
+        sample = min(map(len, validation.values()), default=_TRAIN_SAMPLE)
+        self.evaluated = {"train": _subset(self.features, sample, settings.seed + 1), **validation}
+        self.judge = next(iter(validation), None)
+
+        self.collate = self.backend.collate(tokenizer)
+        self.progress = Progress()
+        self.clock = StepClock()
+
+    def described(self) -> dict[str, Any]:
+        """Return what makes this run the one that it is."""
+        return {
+            "task": self.data.name,
+            "model": getattr(self.model.config, "name_or_path", ""),
+            "method": self.selection.method,
+            "terms": list(self.selection.terms),
+            "layers": list(self.selection.layers),
+            "head": HEAD in self.selection.counts,
+            **asdict(self.settings),
+        }
+
+    def fit(self, resume: bool) -> dict[str, Any]:
+        """Train to the end and return the summary."""
+        torch.manual_seed(self.settings.seed)
+        self.model.to(self.device)
+        self.backend.patch(self.model, self.selection)
+        self.model.train()
+        self.step = self.backend.step(self.model, self.plan)
+        if self.folder and resume and self.folder.state.exists():
+            optimizer, self.progress = self.folder.load_state(self.model, self.base)
+            self.step.restore(optimizer, self.progress.step)
+        elif self.folder:
+            self.folder.begin(self.described())
+        reset_peak_memory(self.device)
+        self.started = time.perf_counter() - self.progress.seconds
+        with self._bar() as self.bar:
+            self.bar_task = self.bar.add_task(
+                f"{self.selection.method} {self.data.name}",
+                total=self.plan.steps,
+                completed=self.progress.step,
+                **dict.fromkeys(("loss", "metric", "speed"), ""),
+            )
+            while not self._finished():
+                self._train_to_next_evaluation()
+                self._evaluate()
+        return self._summary()
+
+    def _bar(self) -> Bar:
+        return Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=self.console is None,
+            transient=True,
+        )
+
+    def _finished(self) -> bool:
+        patience = self.settings.patience
+        worn = patience is not None and self.progress.without_better >= patience
+        return worn or self.progress.step >= self.plan.steps
+
+    def _train_to_next_evaluation(self) -> None:
+        every = self.plan.eval_every
+        end = min(self.plan.steps, (self.progress.step // every + 1) * every)
+        log_every = _GPU_LOG_EVERY if self.device.type == "cuda" else 1
+        batches = training_batches(
+            self.features,
+            self.collate,
+            self.settings.batch_size,
+            self.settings.seed,
+            self.progress.step,
+        )
+        pending: list[Tensor] = []
+        examples = 0
+        self.clock.restart()
+        while self.progress.step < end:
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+            pending.append(self.step(batch))
+            examples += len(batch["labels"])
+            if self.step.steps == 1:
+                check_gradients(self.model, self.selection.names)
+            self.progress.step += 1
+            if len(pending) == log_every or self.progress.step == end:
+                losses = torch.stack(pending).tolist()  # waits for the device
+                self.clock.lap(len(losses), examples)
+                for back, loss in enumerate(reversed(losses)):
+                    self._check_finite(loss, self.progress.step - back)
+                self.bar.update(
+                    self.bar_task,
+                    completed=self.progress.step,
+                    loss=f"loss {statistics.fmean(losses):.3f}",
+                    speed=f"{self.clock.examples_per_second:.0f} examples/s",
+                )
+                pending, examples = [], 0
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        kept = "no checkpoint had been written yet"
+        if self.folder and self.progress.best:
+            kept = f"the checkpoint of step {self.progress.best['step']} is {self.folder.model}"
+        raise BitFitError(
+            f"the loss is {loss} at step {step}, so training stopped; {kept} "
+            "(a lower learning rate usually helps)"
+        )
+
+    def _evaluate(self) -> None:
+        """Evaluate every split, and keep what a later look or a resumed run needs."""
+        progress, main = self.progress, self.data.metrics[0]
+        rows = []
+        for name, features in self.evaluated.items():
+            self.bar.update(self.bar_task, speed=f"evaluating {name}")
+            scores = evaluate(
+                self.model, features, self.collate, self.data.metrics, self.settings.precision
+            )
+            # a broken update shows here first: nothing of it may reach the checkpoint
+            self._check_finite(scores["loss"], progress.step)
+            rows.append(
+                {
+                    "step": progress.step,
+                    "epoch": progress.step / self.plan.steps_per_epoch,
+                    "split": name,
+                    **scores,
+                    "examples_per_second": self.clock.examples_per_second,
+                    "step_ms": self.clock.step_ms,
+                    "peak_memory_bytes": peak_memory(self.device),
+                }
+            )
+        by_split = {row["split"]: row for row in rows}
+        better = (
+            self.judge is None
+            or progress.best is None
+            or by_split[self.judge][main] > progress.best[self.judge][main]
+        )
+        if better:
+            progress.best = {"step": progress.step, **by_split}
+        progress.without_better = 0 if better else progress.without_better + 1
+        progress.seconds = time.perf_counter() - self.started
+        progress.rows += rows
+        if self.folder:
+            if better:
+                self._save()
+            self.folder.keep(rows, self.model, self.step.state(), progress, self.base)
+        shown = by_split[self.judge or "train"]
+        self.bar.update(self.bar_task, metric=f"{main} {shown[main]:.3f}")
+        if self.console:
+            parts = [
+                f"{name} " + " ".join(f"{k} {row[k]:.3f}" for k in ("loss", *self.data.metrics))
+                for name, row in by_split.items()
+            ]
+            self.console.print(
+                f"step {progress.step:>5}/{self.plan.steps}  " + "  |  ".join(parts),
+                highlight=False,
+            )
+
+    def _save(self) -> None:
+        assert self.folder
+        task: dict[str, Any] = {
+            "name": self.data.name,
+            "metrics": list(self.data.metrics),
+            "max_length": self.settings.max_length,
+        }
+        if self.data.columns:
+            task["text_columns"], task["label_column"] = self.data.columns
+        save(self.model, self.folder.model, task=task, base_fingerprint=self.base)
+
+    def _summary(self) -> dict[str, Any]:
+        progress, selection = self.progress, self.selection
+        last = progress.rows[-1]["step"]
+        summary = {
+            **self.described(),
+            "lr": self.plan.lr,
+            "backend": self.backend.name,
+            "device": device_name(self.device),
+            "versions": versions(),
+            "examples": len(self.features),
+            "steps": progress.step,
+            "epochs": progress.step / self.plan.steps_per_epoch,
+            "metrics": list(self.data.metrics),
+            "parameters": {
+                "by_term": selection.counts,
+                "biases": selection.biases,
+                "share": selection.share,
+                "trained": selection.total,
+                "model": selection.base_parameters + selection.head_parameters,
+            },
+            "best": progress.best,
+            "final": {
+                "step": last,
+                **{row["split"]: row for row in progress.rows if row["step"] == last},
+            },
+            "step_ms": statistics.median(r["step_ms"] for r in progress.rows),
+            "examples_per_second": statistics.median(
+                r["examples_per_second"] for r in progress.rows
+            ),
+            "peak_memory_bytes": max(r["peak_memory_bytes"] for r in progress.rows),
+            "seconds": progress.seconds,
+        }
+        if self.folder:
+            summary["file_bytes"] = self.folder.model.stat().st_size
+            title = f"{selection.method} on {self.data.name}"
+            learning_curves(
+                {title: progress.rows}, self.data.metrics[0], self.folder.curves, title=title
+            )
+            write_json(self.folder.summary, summary)
+        return summary
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    data: TaskData,
+    settings: Settings | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train what is selected in `model`, and evaluate on the way.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        After `select` (or any other choice of `requires_grad`); trained in place. It ends
+        with the last step's parameters.
+    tokenizer : PreTrainedTokenizerBase
+        The model's own.
+    data : TaskData
+        From `load_task`; its `train` split trains, its `validation*` splits are evaluated,
+        beside as many training examples.
+    settings : Settings, optional
+        Hyper-parameters.
+    output : str or PathLike, optional
+        Folder for metrics, checkpoint, summary and learning curves; by default nothing
+        is written. The checkpoint is the evaluation with the best main metric.
+    resume, overwrite : bool
+        Go on with the run in the folder, or replace it.
+    console : rich.console.Console, optional
+        Where the progress goes; by default nothing is shown.
+
+    Returns
+    -------
+    dict
+        What `summary.json` holds: settings, versions, the best and the final evaluation,
+        median time per step, peak memory.
+
+    Raises
+    ------
+    BitFitError
+        For settings that the model cannot take, an output folder that holds a run, a
+        selected parameter without a gradient, or a loss that is not finite (the last good
+        checkpoint is kept).
+    """
+    folder = None if output is None else RunFolder(Path(output))
+    if folder:
+        folder.check(resume, overwrite)
+    run = _Run(model, tokenizer, data, settings or Settings(), folder, console)
+    if folder and resume:
+        folder.check_same(run.described())
+    return run.fit(resume)

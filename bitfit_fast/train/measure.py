@@ -1,0 +1,88 @@
+"""Time and memory of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+__all__ = ["StepClock", "device_name", "peak_memory", "reset_peak_memory"]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak anew, where the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM on Linux
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak in bytes: allocated on a GPU, else resident in the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource  # not on Windows, where nothing here is known to work
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a result should call the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        model = "CPU"
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+class StepClock:
+    """Times of steps, measured where the loop reads the loss and so waits for the device.
+
+    Attributes
+    ----------
+    seconds : float
+        Time in steps since the last `restart`.
+    """
+
+    def __init__(self) -> None:
+        self.all: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what happened since the last `lap`, and begin a new window."""
+        self.window: list[float] = []
+        self.seconds, self.examples = 0.0, 0
+        self.start = time.perf_counter()
+
+    def lap(self, steps: int, examples: int) -> None:
+        """Note that `steps` steps over `examples` examples have ended now."""
+        now = time.perf_counter()
+        self.window.append((now - self.start) / steps)
+        self.all.append(self.window[-1])
+        self.seconds += now - self.start
+        self.examples += examples
+        self.start = now
+
+    @property
+    def step_ms(self) -> float:
+        """Median time of a step in this window, in milliseconds."""
+        return 1e3 * statistics.median(self.window) if self.window else 0.0
+
+    @property
+    def examples_per_second(self) -> float:
+        """Training throughput in this window."""
+        return self.examples / self.seconds if self.seconds else 0.0

@@ -1,0 +1,91 @@
+"""The plain PyTorch BitFit: the definition that everything faster is compared with.
+
+`requires_grad` chooses what trains, autograd computes its gradient, AdamW updates it. A
+frozen weight gets no gradient, so autograd already leaves out the weight-gradient products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch, Collate, pad
+from ..selection import Selection
+from .settings import Plan
+
+__all__ = ["ReferenceBackend", "ReferenceStep"]
+
+
+class ReferenceStep:
+    """One optimiser step of the trained parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its parameters with `requires_grad` train; its forward returns a `loss`.
+    plan : Plan
+        Learning rate, precision and clipping.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.trained.values())).device
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=plan.lr, weight_decay=0.0)
+        self.steps = 0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Train on one batch; return its loss, detached, without waiting for the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr_at(self.steps)
+        self.optimizer.zero_grad()
+        bf16 = self.plan.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            loss = self.model(**batch).loss
+        loss.backward()
+        if self.plan.grad_clip:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.plan.grad_clip)
+        self.optimizer.step()
+        self.steps += 1
+        return loss.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the optimiser's tensors by name, for `restore`."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self.trained.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def restore(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue after `steps` steps, from what `state` returned then."""
+        self.steps = steps
+        for path, value in state.items():
+            key, _, name = path.partition("/")
+            parameter = self.trained[name]
+            # AdamW keeps its step counts on the CPU
+            place = value if key == "step" else value.to(parameter.device)
+            self.optimizer.state[parameter][key] = place.clone()
+
+
+class ReferenceBackend:
+    """Unchanged modules, padded batches, autograd, AdamW."""
+
+    name = "reference"
+
+    def refusal(self, model: nn.Module, selection: Selection) -> str | None:
+        """Return why this backend cannot train the model, or None: it always can."""
+        return None
+
+    def patch(self, model: nn.Module, selection: Selection) -> None:
+        """Leave the model as it is."""
+
+    def collate(self, tokenizer: Any) -> Collate:
+        """Pad each batch to its longest example."""
+        return pad(tokenizer)
+
+    def step(self, model: nn.Module, plan: Plan) -> ReferenceStep:
+        """Return the reference step."""
+        return ReferenceStep(model, plan)

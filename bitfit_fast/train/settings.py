@@ -1,0 +1,176 @@
+"""Hyper-parameters of a run, and the plan that they make with a selection and a dataset."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from ..errors import BitFitError, BitFitWarning, listed
+from ..selection import METHODS
+
+__all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings"]
+
+#: Fewer optimiser steps than this are the commonest cause of a poor BitFit run.
+MIN_STEPS = 500
+#: Learning rates that the BitFit paper searched (Ben Zaken et al. 2022, appendix A.2).
+PAPER_LR = (1e-4, 1e-3)
+DEFAULT_EPOCHS = 3
+DEFAULT_EVALUATIONS = 10
+
+PRECISIONS = ("fp32", "bf16")
+
+#: Factor of the learning rate after warm-up, at progress 0..1 through the remaining steps.
+SCHEDULES = {
+    "linear": lambda progress: 1.0 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of a run.
+
+    Attributes
+    ----------
+    lr : float, optional
+        Peak learning rate of AdamW; by default the method's (BitFit: 1e-3).
+    epochs : float, optional
+        Passes over the training set.
+    max_steps : int, optional
+        Optimiser steps; with `epochs`, what ends first. With neither: 3 epochs, and no
+        fewer than 500 steps.
+    batch_size, max_length : int
+        Examples a step; tokens an example.
+    warmup : float
+        Share of the steps in which the learning rate rises from zero.
+    schedule : str
+        `linear` (down to zero) or `constant`.
+    seed : int
+        Of the head's weights, the order of the examples, dropout, and the subset of
+        `train_fraction`.
+    precision : str
+        `fp32`, or `bf16` for autocast; trained parameters and optimiser are fp32 in both.
+    train_fraction : float
+        Share of the training set to use, in (0, 1].
+    grad_clip : float
+        Largest norm of the gradient; 0 for no limit.
+    eval_every : int, optional
+        Steps between evaluations; by default a tenth of the run.
+    patience : int, optional
+        Evaluations without a better main metric after which the run ends.
+    backend, device : str
+        A key of `BACKENDS` or `auto`; a torch device or `auto`.
+
+    Raises
+    ------
+    BitFitError
+        For a value out of its range.
+    """
+
+    lr: float | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    batch_size: int = 16
+    max_length: int = 128
+    warmup: float = 0.06
+    schedule: str = "linear"
+    seed: int = 0
+    precision: str = "fp32"
+    train_fraction: float = 1.0
+    grad_clip: float = 1.0
+    eval_every: int | None = None
+    patience: int | None = None
+    backend: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, valid, ranges in (
+            ("lr", lambda v: 0 < v < math.inf, "above 0"),
+            ("epochs", lambda v: 0 < v < math.inf, "above 0"),
+            ("max_steps", lambda v: v >= 1, "at least 1"),
+            ("batch_size", lambda v: v >= 1, "at least 1"),
+            ("max_length", lambda v: v >= 8, "at least 8"),
+            ("warmup", lambda v: 0 <= v < 1, "from 0 to below 1"),
+            ("schedule", lambda v: v in SCHEDULES, f"one of {listed(SCHEDULES)}"),
+            ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
+            ("precision", lambda v: v in PRECISIONS, f"one of {listed(PRECISIONS)}"),
+            ("train_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("grad_clip", lambda v: 0 <= v < math.inf, "at least 0"),
+            ("eval_every", lambda v: v >= 1, "at least 1"),
+            ("patience", lambda v: v >= 1, "at least 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not valid(value):
+                raise BitFitError(f"{name.replace('_', '-')} must be {ranges}, not {value}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, every default filled in.
+
+    Attributes
+    ----------
+    steps, steps_per_epoch, warmup_steps, eval_every : int
+        In optimiser steps.
+    lr : float
+        Peak learning rate.
+    schedule, precision, grad_clip
+        As in `Settings`.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    eval_every: int
+    lr: float
+    schedule: str
+    precision: str
+    grad_clip: float
+
+    @classmethod
+    def of(cls, settings: Settings, method: str, examples: int) -> Plan:
+        """Fill in the defaults for `method` and a training set of `examples`.
+
+        Warns where the learning rate or the number of steps is one with which BitFit is
+        known to do poorly.
+        """
+        per_epoch = -(-examples // settings.batch_size)
+        limits = [settings.max_steps] if settings.max_steps else []
+        if settings.epochs:
+            limits.append(math.ceil(settings.epochs * per_epoch))
+        steps = min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))
+        lr = settings.lr or METHODS[method].lr
+        if method == "bitfit":
+            low, high = PAPER_LR
+            if lr < low:
+                warnings.warn(
+                    f"learning rate {lr:g} is low for BitFit, which needs a larger one than full "
+                    f"fine-tuning; the paper used {low:g} to {high:g}",
+                    BitFitWarning,
+                    3,
+                )
+            if steps < MIN_STEPS:
+                warnings.warn(
+                    f"{steps} steps are few for BitFit; with the paper's learning rates of "
+                    f"{low:g} to {high:g} it wants {MIN_STEPS} or more",
+                    BitFitWarning,
+                    3,
+                )
+        return cls(
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            warmup_steps=round(settings.warmup * steps),
+            eval_every=settings.eval_every or -(-steps // DEFAULT_EVALUATIONS),
+            lr=lr,
+            schedule=settings.schedule,
+            precision=settings.precision,
+            grad_clip=settings.grad_clip,
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of optimiser step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * SCHEDULES[self.schedule](progress)

