@@ -1,36 +1,37 @@
 """The built-in task `reviews`: is a short review positive or negative?
 
-The sentences come from a small grammar. A review is a sentence frame with one to three
-clauses in it; a clause says that an aspect has, or has not, a quality. The label follows
-from the signs in the tables below, so it depends on negation ("the plot was hardly dull"),
-on which clause the connective favours ("although A, B" rests on B; "A, although B" on A)
-and on whether a reported opinion is confirmed or refuted. Every frame is used equally
-often for both labels, and about half of the clauses are negated, so neither the frame nor
-the words alone give the label away.
+The sentences come from a small grammar. A clause says that an aspect has, or has not, a
+quality ("the plot was hardly dull"); a sentence frame holds one clause, two that agree, or
+two that disagree, of which the connective favours one: "although A, B", "A, but B" and
+"A; even so, B" rest on B, "A, although B" rests on A. The label is the polarity of the
+favoured clause and follows from the signs in the tables below; no label is random. Every
+frame is used equally often for both labels, half of the frames hold clauses that disagree,
+and a third of the clauses are negated, so that single words say little about the label.
 
-What training and evaluation share:
+What the training and the validation split share:
 
-- not shared: adjectives, aspects (training reviews films and plays, evaluation hotels and
-  restaurants), clause patterns including their verbs, and sentence frames;
-- shared: negators (not, hardly, anything but, far from, nothing), connectives (although,
-  but, even so, never mind, it hardly matters, and), and ordinary function words.
+- not shared: the adjectives, the aspects (training reviews films and plays, validation
+  hotels and restaurants), the clause patterns with their verbs, and the sentence frames;
+- shared: the negators ("not", "hardly", "anything but"), the connectives ("although", also
+  as "even though" in validation, "but", "even so", "and") and function words ("the", "that",
+  "we", "in", ...). An "although" clause comes first or second in both splits.
 
-So a model has to carry over how negators and connectives work, to words that it knows
-from pretraining only.
+So what is learned about negators and connectives has to carry over to qualities, things
+and phrasings that are known from pretraining only.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from math import perm, prod
+from math import perm
 
 from bitfit_fast.data.task import Split, TaskData
 from bitfit_fast.errors import BitFitError
 
 __all__ = ["load_reviews"]
 
-NEGATIVE, POSITIVE = LABELS = (0, 1)
+LABELS = ("negative", "positive")
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Pattern:
     Attributes
     ----------
     text : str
-        In a clause, the slots are `{aspect}`, `{adj}` and `{was}`; in a frame, `{0}`, `{1}`
-        and so on are clauses.
+        A clause has the slots `{aspect}`, `{adj}` and perhaps `{was}`; the slots of a frame,
+        `{0}` and so on, are clauses.
     signs : str
-        One sign a slot that has a polarity (the adjective, or each clause): `+` where the
-        slot's polarity is that of the whole, `-` where it is the opposite.
+        One sign for the adjective, or for each clause in turn: `+` where its polarity is
+        that of the whole, `-` where it is the opposite.
     """
 
     text: str
@@ -53,7 +54,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The tables that one split is made from; `adjectives` is indexed by label."""
+    """The tables one split is made from; `adjectives` are indexed by polarity."""
 
     adjectives: tuple[tuple[str, ...], tuple[str, ...]]
     singular: tuple[str, ...]
@@ -63,7 +64,7 @@ class Grammar:
 
     @property
     def aspects(self) -> tuple[str, ...]:
-        """Every aspect, singular ones first."""
+        """Every aspect, the singular ones first."""
         return self.singular + self.plural
 
 
@@ -147,64 +148,68 @@ VALIDATION = Grammar(
 )
 
 
-def clause(pattern: Pattern, grammar: Grammar, aspect: str, adjective: str) -> tuple[str, int]:
-    """Return the clause's text and polarity."""
-    was = "were" if aspect in grammar.plural else "was"
-    polarity = int(adjective in grammar.adjectives[POSITIVE])
-    text = pattern.text.format(aspect=aspect, adj=adjective, was=was)
-    return text, turned(polarity, pattern.signs)
-
-
-def turned(polarity: int, sign: str) -> int:
-    """Return the polarity seen through a sign."""
+def through(sign: str, polarity: int) -> int:
+    """Return the polarity of the whole from that of a slot, or the other way round."""
     return polarity if sign == "+" else 1 - polarity
 
 
-def sentence(frame: Pattern, clauses: list[str]) -> str:
-    """Return the frame with its clauses, as a sentence."""
+def compose(
+    grammar: Grammar, frame: Pattern, parts: list[tuple[Pattern, str, str]]
+) -> tuple[str, int]:
+    """Return the sentence and its label, from a (clause, aspect, adjective) for each slot."""
+    clauses, readings = [], set()
+    for sign, (clause, aspect, adjective) in zip(frame.signs, parts, strict=True):
+        was = "were" if aspect in grammar.plural else "was"
+        clauses.append(clause.text.format(aspect=aspect, adj=adjective, was=was))
+        polarity = int(adjective in grammar.adjectives[1])
+        readings.add(through(sign, through(clause.signs, polarity)))
+    if len(readings) > 1:
+        raise ValueError(f"the clauses do not fit the frame {frame.text!r}")
     text = frame.text.format(*clauses)
-    return text[0].upper() + text[1:]
+    return text[0].upper() + text[1:], readings.pop()
 
 
-def draw(rng: random.Random, grammar: Grammar, frame: Pattern, label: int) -> str:
-    """Return a random sentence of that frame and label."""
+def draw(rng: random.Random, grammar: Grammar, frame: Pattern, label: int) -> tuple[str, int]:
+    """Return a random sentence of that frame and label, with the label."""
     parts = []
     for aspect, sign in zip(rng.sample(grammar.aspects, len(frame.signs)), frame.signs):
-        pattern = rng.choice(grammar.clauses)
-        polarity = turned(turned(label, sign), pattern.signs)
-        parts.append(clause(pattern, grammar, aspect, rng.choice(grammar.adjectives[polarity]))[0])
-    return sentence(frame, parts)
+        clause = rng.choice(grammar.clauses)
+        polarity = through(clause.signs, through(sign, label))
+        parts.append((clause, aspect, rng.choice(grammar.adjectives[polarity])))
+    return compose(grammar, frame, parts)
 
 
 def possible(grammar: Grammar, frame: Pattern, label: int) -> int:
     """Return how many different sentences of that frame and label there are."""
-    fills = (
-        sum(len(grammar.adjectives[turned(turned(label, sign), c.signs)]) for c in grammar.clauses)
-        for sign in frame.signs
-    )
-    return perm(len(grammar.aspects), len(frame.signs)) * prod(fills)
+    count = 1
+    for polarity in (through(sign, label) for sign in frame.signs):
+        fitting = (grammar.adjectives[through(c.signs, polarity)] for c in grammar.clauses)
+        count *= sum(map(len, fitting))
+    return count * perm(len(grammar.aspects), len(frame.signs))
 
 
 def maximum(grammar: Grammar) -> int:
-    """Return the largest split in which all frames appear equally often."""
-    least = min(possible(grammar, frame, label) for frame in grammar.frames for label in LABELS)
-    return least * len(grammar.frames) * len(LABELS)
+    """Return the largest size at which every frame can appear equally often."""
+    labels = range(len(LABELS))
+    least = min(possible(grammar, frame, label) for frame in grammar.frames for label in labels)
+    return least * len(grammar.frames) * len(labels)
 
 
 def generate(rng: random.Random, grammar: Grammar, name: str, size: int) -> Split:
-    """Return `size` different sentences, labels and frames taking turns, in random order."""
+    """Return `size` different sentences in random order; labels and frames take turns."""
     if not 1 <= size <= maximum(grammar):
         raise BitFitError(
-            f"reviews cannot make {size} {name} sentences; its grammar makes 1 to "
-            f"{maximum(grammar)}"
+            f"the reviews task cannot have {size} {name} sentences; "
+            f"its grammar makes 1 to {maximum(grammar)}"
         )
-    labelled: dict[str, int] = {}
-    while len(labelled) < size:
-        turn, label = divmod(len(labelled), len(LABELS))
+    examples: dict[str, int] = {}
+    while len(examples) < size:
+        turn, label = divmod(len(examples), len(LABELS))
         frame = grammar.frames[turn % len(grammar.frames)]
-        labelled.setdefault(draw(rng, grammar, frame, label), label)
-    order = rng.sample(sorted(labelled.items()), size)
-    return Split(name, tuple((text,) for text, _ in order), tuple(label for _, label in order))
+        # A sentence that is there already changes nothing, so the same turn comes again.
+        examples.update([draw(rng, grammar, frame, label)])
+    texts, labels = zip(*rng.sample(sorted(examples.items()), size))
+    return Split(name, tuple((text,) for text in texts), labels)
 
 
 def load_reviews(seed: int = 0, train: int = 3000, validation: int = 1000) -> TaskData:
@@ -215,7 +220,7 @@ def load_reviews(seed: int = 0, train: int = 3000, validation: int = 1000) -> Ta
     seed : int
         Seed of the generator; the same seed and sizes give the same sentences.
     train, validation : int
-        Number of sentences in each split; labels are balanced (to within one).
+        Number of sentences in each split; the labels are balanced, to within one.
 
     Returns
     -------
@@ -227,17 +232,10 @@ def load_reviews(seed: int = 0, train: int = 3000, validation: int = 1000) -> Ta
     BitFitError
         If a size is below 1 or above what the grammar can make.
     """
+    sources = (("train", TRAIN, train), ("validation", VALIDATION, validation))
     # A generator for each split, so that the size of one does not change the other.
-    splits = [
-        generate(random.Random(f"{name} {seed}"), grammar, name, size)
-        for name, grammar, size in (
-            ("train", TRAIN, train),
-            ("validation", VALIDATION, validation),
-        )
-    ]
-    return TaskData(
-        name="reviews",
-        labels=("negative", "positive"),
-        metrics=("accuracy", "mcc"),
-        splits={split.name: split for split in splits},
-    )
+    splits = {
+        name: generate(random.Random(f"{name} {seed}"), grammar, name, size)
+        for name, grammar, size in sources
+    }
+    return TaskData(name="reviews", labels=LABELS, metrics=("accuracy", "mcc"), splits=splits)

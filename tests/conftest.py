@@ -1,0 +1,90 @@
+"""Small models that every test can build in milliseconds, and the real data where it is."""
+
+import os
+
+# both are read when the libraries are imported
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+WORDS = "the a plot acting was is good bad dull fine and but not very great poor it one two".split()
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+}
+
+
+def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: bool):
+    """Return a whole-word tokenizer with BERT's or RoBERTa's special tokens."""
+    special = [pad, cls, sep, "[UNK]"]
+    vocab = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=pairs,
+        special_tokens=[(token, vocab[token]) for token in (cls, sep)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    if not token_types:
+        names.remove("token_type_ids")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token=pad,
+        cls_token=cls,
+        sep_token=sep,
+        model_max_length=64,
+        model_input_names=names,
+    )
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory) -> Path:
+    """A saved BERT of two layers with random weights, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert") / "tiny-bert"
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=64, **SMALL)).save_pretrained(folder)
+    pairs = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    tiny_tokenizer("[CLS]", "[SEP]", "[PAD]", pairs=pairs, token_types=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roberta_folder(tmp_path_factory) -> Path:
+    """A saved RoBERTa of two layers; its tokenizer makes no token types."""
+    folder = tmp_path_factory.mktemp("roberta") / "tiny-roberta"
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SMALL)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    pairs = "<s> $A </s> </s> $B </s>"
+    tiny_tokenizer("<s>", "</s>", "<pad>", pairs=pairs, token_types=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets; tests that need it skip where it is not set."""
+    folder = os.environ.get("BITFIT_FAST_DATA")
+    if not folder:
+        pytest.skip("BITFIT_FAST_DATA does not name the folder of real data")
+    return Path(folder)
