@@ -22,7 +22,7 @@ setup(
         "bitfit_fast",
         "bitfit_fast.data",
         "bitfit_fast.models",
-        "bitfit_fast.train",
+        "bitfit_fast.training",
     ],
     install_requires=[
         "torch>=2.11",

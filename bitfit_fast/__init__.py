@@ -7,7 +7,7 @@ from .data.task import Split, TaskData
 from .errors import BitFitError, BitFitWarning
 from .models.loading import load_model, load_tokenizer
 from .selection import Selection, select
-from .train import Settings, train
+from .training import Settings, train
 
 __all__ = [
     "BitFitError",

@@ -22,9 +22,9 @@ from .inference import bias_changes, evaluate_checkpoint, predict_checkpoint, ta
 from .models.loading import DEFAULT_MODEL, load_model, load_tokenizer
 from .plots import change_heatmap
 from .selection import METHODS, Selection
-from .train.loop import train as run_training
-from .train.run_folder import RunFolder
-from .train.settings import MIN_STEPS, Settings
+from .training.loop import train as run_training
+from .training.run_folder import RunFolder
+from .training.settings import MIN_STEPS, Settings
 
 __all__ = ["app", "main"]
 
@@ -387,7 +387,7 @@ def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     warnings.showwarning = _show_warning
     try:
-        app()
+        app(prog_name="bitfit-fast")
     except BitFitError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

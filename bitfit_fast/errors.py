@@ -16,9 +16,9 @@ class BitFitError(ValueError):
 
 def listed(values: Iterable[object], limit: int = 12) -> str:
     """Join values for an error message, shortened after `limit` of them."""
-    values = [str(v) for v in values]
-    more = f", ... ({len(values) - limit} more)" if len(values) > limit else ""
-    return ", ".join(values[:limit]) + more
+    texts = [str(v) for v in values]
+    more = f", ... ({len(texts) - limit} more)" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 class BitFitWarning(UserWarning):

@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["append_json_line", "replace_file", "to_json", "write_json"]
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside `path` and rename it, so that `path` is old or new, never between.
 
     Parameters
@@ -21,7 +21,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     path : Path
         The file to make or replace; its folder is created.
     write : callable
-        Called with the path of the temporary file, which has the same ending.
+        Called with the path of the temporary file, which has the same ending. If it raises,
+        `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -62,7 +63,7 @@ def to_json(value: Any, **options: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as an indented JSON file, whole or not at all."""
     text = to_json(value, indent=2) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def append_json_line(path: Path, value: Any) -> None:

@@ -16,8 +16,8 @@ from .data.task import Split, TaskData
 from .errors import BitFitError, listed
 from .files import replace_file
 from .models.families import biases
-from .train.evaluate import evaluate, predict
-from .train.loop import choose_device
+from .training.evaluate import evaluate, predict
+from .training.loop import choose_device
 
 __all__ = ["bias_changes", "evaluate_checkpoint", "predict_checkpoint", "task_of"]
 

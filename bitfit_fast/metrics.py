@@ -1,4 +1,4 @@
-"""The metrics of the paper's tasks, all from torchmetrics."""
+"""The metrics of the paper's tasks: counts and correlations by torchmetrics, in fp64."""
 
 from __future__ import annotations
 
@@ -7,37 +7,60 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import (
-    binary_f1_score,
-    multiclass_accuracy,
-    multiclass_matthews_corrcoef,
-)
+from torchmetrics.functional import pearson_corrcoef
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 __all__ = ["METRICS", "compute"]
 
 
+def _confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the counts in fp64, a row for each true class."""
+    return multiclass_confusion_matrix(logits.argmax(-1), labels, logits.shape[-1]).double()
+
+
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return multiclass_accuracy(logits.argmax(-1), labels, logits.shape[-1], average="micro")
+    counts = _confusion(logits, labels)
+    return counts.trace() / counts.sum()
 
 
 def _mcc(logits: Tensor, labels: Tensor) -> Tensor:
-    return multiclass_matthews_corrcoef(logits.argmax(-1), labels, logits.shape[-1])
+    # torchmetrics' own is far from 0 where the prediction is constant, and GLUE's is 0
+    counts = _confusion(logits, labels)
+    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
+    covariance = counts.trace() * total - true @ predicted
+    variances = (total**2 - true @ true) * (total**2 - predicted @ predicted)
+    return covariance / variances.sqrt()
 
 
 def _f1(logits: Tensor, labels: Tensor) -> Tensor:
-    return binary_f1_score(logits.argmax(-1), labels)
+    counts = _confusion(logits, labels)
+    return 2 * counts[1, 1] / (counts[1].sum() + counts[:, 1].sum())
 
 
 def _pearson(logits: Tensor, labels: Tensor) -> Tensor:
-    return pearson_corrcoef(logits.squeeze(-1), labels)
+    return _correlation(logits.squeeze(-1), labels)
 
 
 def _spearman(logits: Tensor, labels: Tensor) -> Tensor:
-    return spearman_corrcoef(logits.squeeze(-1), labels)
+    return _correlation(_ranks(logits.squeeze(-1)), _ranks(labels))
 
 
-#: Name -> function of logits `[N, classes]` (`[N, 1]` for regression) and labels `[N]`.
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    # the mean of equal numbers may be rounded, so that their variance is not quite zero
+    if x.min() == x.max() or y.min() == y.max():
+        return x.new_zeros(())
+    return pearson_corrcoef(x, y)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return fp64 ranks; equal values share the mean of theirs, and NaN stays NaN."""
+    _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    means = counts.cumsum(0) - (counts - 1).double() / 2
+    return torch.where(values.isnan(), values, means[places])
+
+
+#: Name -> function of fp64 logits `[N, classes]` (`[N, 1]` for regression) and labels `[N]`.
+#: F1 is that of class 1.
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": _accuracy,
     "mcc": _mcc,
@@ -66,8 +89,8 @@ def compute(names: Sequence[str], logits: Tensor, labels: Sequence[float]) -> di
         formula would divide by zero: nothing has been learned.
     """
     # correlations of thousands of scores lose digits in fp32
-    logits = logits.double()
-    target = torch.tensor(labels)
-    target = target.double() if target.is_floating_point() else target
+    logits = logits.detach().cpu().double()
+    regression = logits.shape[-1] == 1
+    target = torch.tensor(labels, dtype=torch.float64 if regression else torch.int64)
     values = {name: float(METRICS[name](logits, target)) for name in names}
     return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}

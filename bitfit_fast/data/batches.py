@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from .task import Split
 
@@ -90,8 +90,8 @@ def training_batches(
     features: Features, collate: Collate, batch_size: int, seed: int, start: int = 0
 ) -> Iterator[Batch]:
     """Yield training batches without end, from batch number `start` on."""
-    order = EpochBatches(len(features), batch_size, seed, start)
-    return iter(DataLoader(features, batch_sampler=order, collate_fn=collate))
+    for indices in EpochBatches(len(features), batch_size, seed, start):
+        yield collate([features[i] for i in indices])
 
 
 def evaluation_batches(

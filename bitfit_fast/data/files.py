@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,48 +13,93 @@ from ..errors import BitFitError, listed
 from .labels import class_index, score
 from .task import Split, TaskData
 
-__all__ = ["load_files"]
+__all__ = ["load_files", "text_lines", "tsv_cells"]
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its columns
+Cells = tuple[str, list[str]]
+
+#: The `csv` module stops at 131072 characters, and an unclosed quote should get a better message.
+_LONGEST_FIELD = 2**31 - 1
 
 
-def _csv_rows(path: Path, **dialect: Any) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, **dialect)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise BitFitError(
-                        f"{where} does not have the {len(reader.fieldnames or ())} columns of "
-                        "the header; is the file cut short?"
-                    )
-                yield where, row
-        except csv.Error as error:
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield each line of a UTF-8 file, with its ending, after the words that name its place.
+
+    Only line feeds end a line: texts may hold what Unicode also calls a line's end.
+
+    Raises
+    ------
+    BitFitError
+        If the file is missing; at the first line that is not UTF-8.
+    """
+    if not path.is_file():
+        raise BitFitError(f"the file {path} is missing")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                # a byte-order mark is no part of the first column's name
+                yield where, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise BitFitError(f"{where} is not UTF-8 text ({error.reason})") from None
+
+
+def tsv_cells(path: Path) -> Iterator[Cells]:
+    """Yield the place and the cells of each line that is not blank; quotes are plain text."""
+    for where, line in text_lines(path):
+        line = line.rstrip("\r\n")
+        if line:
+            yield where, line.split("\t")
+
+
+def _csv_cells(path: Path) -> Iterator[Cells]:
+    reader = csv.reader((line for _, line in text_lines(path)), strict=True)
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    # quoted fields may hold line ends; a row that goes wrong does so after its first line
+    first = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield f"{path}, line {first}", cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise BitFitError(f"{path}, line {first}: {error}; is the file cut short?") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _table(rows: Iterator[Cells]) -> Iterator[Row]:
+    _, header = next(rows, ("", []))
+    for where, cells in rows:
+        if len(cells) != len(header):
             raise BitFitError(
-                f"{path}, line {reader.line_num}: {error}; is the file cut short?"
-            ) from None
+                f"{where} has {len(cells)} columns where the header has {len(header)}; is the "
+                "file cut short?"
+            )
+        yield where, dict(zip(header, cells))
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    return _table(_csv_cells(path))
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
-    return _csv_rows(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _table(tsv_cells(path))
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BitFitError(
-                    f"{where} is not JSON ({error.msg}); is the file cut short?"
-                ) from None
-            if not isinstance(row, dict):
-                raise BitFitError(f"{where} is not a JSON object")
-            yield where, row
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        # numbers of thousands of digits and very deep brackets raise the other two
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise BitFitError(f"{where} is not JSON ({reason}); is the file cut short?") from None
+        if not isinstance(row, dict):
+            raise BitFitError(f"{where} is not a JSON object")
+        yield where, row
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -61,8 +107,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+        # without `partitioning` a folder called `label=1` would become a column
+        rows = parquet.read_table(path, partitioning=None).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BitFitError(f"{path} is not a whole Parquet file ({reason})") from None
     for number, row in enumerate(rows, 1):
@@ -115,21 +162,23 @@ def load_files(
         For a missing or broken file, a missing column, an empty split, or a label that
         the training file does not have; names the file and the line.
     """
+    if isinstance(text_columns, str):
+        text_columns = (text_columns,)
     if len(text_columns) not in (1, 2):
         raise BitFitError(
             f"one or two text columns are needed, got {len(text_columns)}: {listed(text_columns)}"
         )
     raw = {s: _read(path, text_columns, label_column, s) for s, path in files.items()}
+    source = "train" if "train" in raw else next(iter(raw))
+    given = raw[source][1] or []
     if regression is None:
-        first = next(iter(raw.values()))[1]
-        regression = labels is None and first is not None and _is_regression(first)
+        regression = labels is None and _is_regression([text for _, text in given])
     if not regression and labels is None:
-        source = raw.get("train", next(iter(raw.values())))[1] or []
-        labels = sorted({text for _, text in source}, key=_numbers_first)
+        labels = sorted({text for _, text in given}, key=_numbers_first)
         if len(labels) < 2:
             raise BitFitError(
-                f"{files.get('train', next(iter(files.values())))}: column '{label_column}' has "
-                f"only the label {listed(labels) or '(none)'}, and two are needed"
+                f"{files[source]}: column '{label_column}' has only the label "
+                f"{listed(labels) or '(none)'}, and two are needed"
             )
     read = score if regression else class_index
     splits = {}
@@ -153,36 +202,48 @@ def _read(
         )
     texts: list[tuple[str, ...]] = []
     labels: list[tuple[str, str]] = []
-    try:
-        for where, row in reader(path):
-            for column in text_columns:
-                if row.get(column) is None:
-                    raise BitFitError(
-                        f"{where}: no text in column '{column}'; its columns are {listed(row)}"
-                    )
-            texts.append(tuple(str(row[column]) for column in text_columns))
-            if row.get(label_column) is not None:
-                labels.append((where, str(row[label_column])))
-            elif labels or not split.startswith("test"):
+    for where, row in reader(path):
+        example = tuple(_cell(row, column, where) for column in text_columns)
+        # a CSV file has no other way to leave a label out
+        unlabelled = row.get(label_column) in (None, "")
+        if unlabelled and (labels or not split.startswith("test")):
+            raise BitFitError(
+                f"{where}: no label in column '{label_column}'; its columns are {listed(row)}"
+            )
+        if not unlabelled:
+            if len(labels) < len(texts):
                 raise BitFitError(
-                    f"{where}: no label in column '{label_column}'; its columns are {listed(row)}"
+                    f"{where}: a label in column '{label_column}', and none in the rows above"
                 )
-    except UnicodeDecodeError as error:
-        raise BitFitError(f"{path} is not UTF-8 text ({error.reason})") from None
+            labels.append((where, _cell(row, label_column, where)))
+        texts.append(example)
     if not texts:
         raise BitFitError(f"the {split} file {path} has no examples")
-    return texts, labels if len(labels) == len(texts) else None
+    return texts, labels or None
 
 
-def _is_regression(labels: list[tuple[str, str]]) -> bool:
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise BitFitError(f"{where}: there is no column '{column}'; its columns are {listed(row)}")
+    value = row[column]
+    if not isinstance(value, (str, int, float)):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise BitFitError(f"{where}: column '{column}' holds {kind}, and no text")
+    return str(value)
+
+
+def _is_regression(labels: Sequence[str]) -> bool:
     try:
-        return any(not float(text).is_integer() for _, text in labels)
-    except (ValueError, OverflowError):
+        numbers = [float(text) for text in labels]
+    except ValueError:
         return False
+    return any(not number.is_integer() for number in numbers)
 
 
 def _numbers_first(label: str) -> tuple[bool, float, str]:
     try:
-        return (False, float(label), label)
+        number = float(label)
     except ValueError:
-        return (True, 0.0, label)
+        number = math.nan
+    # NaN has no place in an order
+    return (False, number, label) if math.isfinite(number) else (True, 0.0, label)

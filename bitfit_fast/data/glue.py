@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BitFitError, BitFitWarning, listed
+from .files import tsv_cells
 from .labels import class_index, score
 from .task import Split, TaskData
 
 __all__ = ["GLUE", "HUB_REPOSITORY", "GlueTask", "load_glue"]
 
 HUB_REPOSITORY = "nyu-mll/glue"
-
-#: The reader's default limit is lower than some fields of broken files, which get a better message.
-csv.field_size_limit(2**24)
 
 
 @dataclass(frozen=True)
@@ -164,54 +161,62 @@ def _folder(task: GlueTask, data_dir: Path) -> Path:
 
 def _read_tsv(task: GlueTask, folder: Path, split: str) -> Split:
     path = folder / (split.replace("validation", "dev") + ".tsv")
-    if not path.is_file():
-        raise BitFitError(f"the file {path} is missing")
+    rows = tsv_cells(path)
+    header: tuple[str, ...] = () if split.startswith("test") else task.headless
+    header = header or tuple(next(rows, ("", []))[1])
+    if not header:
+        raise BitFitError(f"the file {path} is empty")
+    labelled = task.label in header or not split.startswith("test")
+    wanted = (*task.text, task.label) if labelled else task.text
+    for column in wanted:
+        if column not in header:
+            raise BitFitError(
+                f"{path}, line 1: there is no column '{column}'; its columns are {listed(header)}"
+            )
+    places = [header.index(column) for column in wanted]
     texts: list[tuple[str, ...]] = []
     labels: list[int | float] = []
-    header: tuple[str, ...] = () if split.startswith("test") else task.headless
     skipped = 0
-    # no quoting rules, and MRPC begins with a byte-order mark
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if not header:
-            header = tuple(next(reader, ()))
-        try:
-            text_at = [header.index(column) for column in task.text]
-            label_at = header.index(task.label) if _has_labels(task, header, split) else None
-        except ValueError as error:
-            raise BitFitError(f"{path} lacks a column: {error}") from None
-        needed = max([*text_at, -1 if label_at is None else label_at])
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if len(row) <= needed:
-                if task.broken_rows:
-                    skipped += 1
-                    continue
-                raise BitFitError(
-                    f"{where} has {len(row)} of {len(header)} columns; is the file cut short?"
-                )
-            texts.append(tuple(row[i] for i in text_at))
-            if label_at is not None:
-                read = score if task.labels is None else class_index
-                labels.append(read(row[label_at], task.written_labels, where))
+    for where, row in rows:
+        if len(row) <= max(places):
+            if task.broken_rows:
+                skipped += 1
+                continue
+            raise BitFitError(
+                f"{where} has {len(row)} of {len(header)} columns; is the file cut short?"
+            )
+        cells = [row[i] for i in places]
+        if labelled:
+            read = score if task.labels is None else class_index
+            labels.append(read(cells.pop(), task.written_labels, where))
+        texts.append(tuple(cells))
     if skipped:
         warnings.warn(f"{path}: skipped {skipped} rows with missing columns", BitFitWarning, 2)
-    return _finish(task, split, texts, labels if label_at is not None else None, str(path))
-
-
-def _has_labels(task: GlueTask, header: tuple[str, ...], split: str) -> bool:
-    return task.label in header or not split.startswith("test")
+    return _finish(task, split, texts, labels if labelled else None, str(path))
 
 
 def _read_hub(task: GlueTask, name: str, split: str, repository: str) -> Split:
     from .hub import load_hub_split
 
+    source = f"{repository} ({name})"
     data = load_hub_split(repository, name, split)
-    columns = [data[column] for column in task.hub_text]
-    labels = list(data["label"])
+    for column in (*task.hub_text, "label"):
+        if column not in data.column_names:
+            raise BitFitError(
+                f"{source} has no column '{column}'; its columns are {listed(data.column_names)}"
+            )
+    texts = list(zip(*(data[column][:] for column in task.hub_text)))
+    found = data["label"][:]
+    labels: list[int | float] | None = None
     # the hub marks missing labels by -1
-    known = None if split.startswith("test") and set(labels) <= {-1} else labels
-    return _finish(task, split, list(zip(*columns)), known, f"{repository} ({name})")
+    if not split.startswith("test") or set(found) != {-1}:
+        read = score if task.labels is None else class_index
+        valid = None if task.labels is None else [str(i) for i in range(len(task.labels))]
+        labels = [
+            read(str(label), valid, f"{source}, {split} row {row}")
+            for row, label in enumerate(found, 1)
+        ]
+    return _finish(task, split, texts, labels, source)
 
 
 def _finish(

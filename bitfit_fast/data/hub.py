@@ -15,7 +15,7 @@ def load_hub_split(repository: str, config: str, split: str) -> Any:
     Raises
     ------
     BitFitError
-        If `datasets` is missing, or neither the hub nor the cache has the dataset.
+        If `datasets` is missing, or neither the hub nor the cache has the dataset whole.
     """
     try:
         import datasets
@@ -27,8 +27,9 @@ def load_hub_split(repository: str, config: str, split: str) -> Any:
 
     try:
         return datasets.load_dataset(repository, config, split=split)
-    # what stands for "unreachable and not cached" differs between releases of `datasets`
-    except (OSError, HfHubHTTPError, datasets.exceptions.DatasetNotFoundError) as error:
+    # "unreachable and not cached" is an OSError; ValueError says that the cache has only other
+    # configurations, or no such split
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BitFitError(
             f"the dataset {repository} ({config}) is neither in the local cache nor to be had "

@@ -19,6 +19,8 @@ _REVIEWS = "reviews"
 #: Names of the built-in tasks.
 TASKS = (*GLUE, _REVIEWS)
 
+_KINDS = ("train", "validation", "test")
+
 PathLike = str | os.PathLike[str]
 
 
@@ -72,6 +74,8 @@ def load_task(
     BitFitError
         If what is asked for does not exist or is broken.
     """
+    if unknown := [kind for kind in kinds if kind not in _KINDS]:
+        raise BitFitError(f"unknown split '{unknown[0]}'; valid ones are {listed(_KINDS)}")
     given = {"train": train_file, "validation": validation_file, "test": test_file}
     files = {k: Path(f) for k, f in given.items() if f is not None and k in kinds}
     if task is not None and any(f is not None for f in given.values()):

@@ -5,8 +5,8 @@ quality ("the plot was hardly dull"); a sentence frame holds one clause, two tha
 two that disagree, of which the connective favours one: "although A, B", "A, but B" and
 "A; even so, B" rest on B, "A, although B" rests on A. The label is the polarity of the
 favoured clause and follows from the signs in the tables below; no label is random. Every
-frame is used equally often for both labels, half of the frames hold clauses that disagree,
-and a third of the clauses are negated, so that single words say little about the label.
+frame is used equally often for both labels, half of the frames or more hold clauses that
+disagree, and a third of the clauses are negated: single words say little about the label.
 
 What the training and the validation split share:
 
@@ -111,12 +111,12 @@ TRAIN = Grammar(
 VALIDATION = Grammar(
     adjectives=(
         (
-            "mediocre", "shoddy", "underwhelming", "dreary", "unremarkable", "unappealing",
-            "substandard", "depressing", "tiresome", "second-rate", "disagreeable", "inferior",
+            "mediocre", "shoddy", "appalling", "dreary", "miserable", "unattractive",
+            "substandard", "depressing", "tiresome", "inadequate", "horrid", "inferior",
         ),
         (
-            "splendid", "first-rate", "commendable", "exquisite", "superb", "agreeable",
-            "outstanding", "praiseworthy", "admirable", "terrific", "marvellous", "laudable",
+            "splendid", "first-rate", "magnificent", "exquisite", "superb", "fantastic",
+            "outstanding", "praiseworthy", "admirable", "terrific", "marvellous", "lovely",
         ),
     ),
     singular=(

@@ -82,7 +82,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BitFitError(f"unknown device '{name}'; valid ones are auto, cpu, cuda") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise BitFitError(f"unknown device '{name}'; valid ones are auto, cpu, cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BitFitError(f"device '{name}' is asked for, and PyTorch sees no CUDA device")
     return device

@@ -1,0 +1,83 @@
+"""The package imports where parts of its surroundings are missing, and shadows nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "bitfit_fast").rglob("*.py"))
+
+
+def python(code: str, **options) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_package_imports_without_triton_and_without_datasets():
+    code = """
+import sys
+for name in ("triton", "datasets", "peft"):
+    sys.modules[name] = None  # import raises ImportError
+import bitfit_fast, bitfit_fast.cli
+print(bitfit_fast.__version__)
+"""
+    assert python(code).startswith("0.")
+
+
+def test_importing_the_package_asks_nothing_of_a_gpu():
+    code = """
+import torch
+def refuse(*a, **k): raise AssertionError("CUDA was queried at import")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse
+import bitfit_fast, bitfit_fast.cli
+"""
+    python(code)
+
+
+@pytest.mark.parametrize("cwd", [ROOT, ROOT.parent])
+def test_this_project_never_provides_a_package_named_kernels(cwd):
+    code = """
+import importlib.util
+found = importlib.util.find_spec("kernels")
+print(found.origin if found is not None and found.loader is not None else None)
+"""
+    origin = python(code, cwd=cwd)
+    assert origin == "None" or not Path(origin).is_relative_to(ROOT / "kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_package_folder_is_installed():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for folder in {path.parent for path in SOURCES}:
+        name = ".".join(folder.relative_to(ROOT).parts)
+        assert f'"{name}"' in setup, name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_unpickles(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+        if isinstance(node, ast.Attribute) and node.attr == "load":
+            owner = getattr(node.value, "id", "")
+            assert owner != "torch", f"{path}, line {node.lineno}"
+
+
+def test_layers_of_the_package_import_downwards_only():
+    """`models` and `data` know nothing of `training`, and only `cli` knows all."""
+    ranks = {"errors": 0, "files": 0, "models": 1, "selection": 2, "data": 2, "training": 4}
+    for path in SOURCES:
+        own = ranks.get(path.relative_to(ROOT / "bitfit_fast").parts[0].removesuffix(".py"))
+        if own is None:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                top = (node.module or "").split(".")[0]
+                assert ranks.get(top, 0) <= max(own, 0), f"{path} imports {node.module}"

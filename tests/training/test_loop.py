@@ -1,0 +1,370 @@
+"""The loop: what it writes, when it stops, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitfit_fast
+from bitfit_fast import Settings, Split, TaskData
+from bitfit_fast.errors import BitFitError
+from bitfit_fast.tensorfile import read_tensors
+from bitfit_fast.training import loop
+
+SETTINGS = Settings(max_steps=12, eval_every=4, batch_size=8, max_length=16, lr=1e-2)
+pytestmark = pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
+
+
+def examples(count: int, start: int = 0):
+    texts = [
+        ("the plot was good" if i % 2 else "the acting was dull", "it is one") for i in
+        range(start, start + count)
+    ]  # fmt: skip
+    return tuple(texts), tuple(i % 2 for i in range(start, start + count))
+
+
+def task(**splits: int) -> TaskData:
+    made = {name: Split(name, *examples(n)) for name, n in splits.items()}
+    return TaskData("toy", ("bad", "good"), ("accuracy", "mcc"), made)
+
+
+DATA = task(train=40, validation=12)
+
+
+def fresh(folder: Path, method: str = "bitfit", seed: int = 0):
+    model = bitfit_fast.load_model(str(folder), ["bad", "good"], seed)
+    bitfit_fast.selection.METHODS[method].select(model, "all", None, True)
+    return model, bitfit_fast.load_tokenizer(str(folder))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_metrics_summary_checkpoint_and_picture(bert_folder, tmp_path):
+    model, tokenizer = fresh(bert_folder)
+    summary = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    rows = lines(tmp_path / "run")
+    assert [(r["step"], r["split"]) for r in rows] == [
+        (step, split) for step in (4, 8, 12) for split in ("train", "validation")
+    ]
+    keys = [
+        "step", "epoch", "split", "loss", "accuracy", "mcc",
+        "examples_per_second", "step_ms", "peak_memory_bytes",
+    ]  # fmt: skip
+    assert all(list(row) == keys for row in rows)
+    assert rows[-1]["epoch"] == 12 / 5
+    assert rows[0]["step_ms"] > 0
+    assert rows[0]["peak_memory_bytes"] > 2**20
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(
+        json.dumps(summary)
+    )
+    assert summary["final"]["validation"] == rows[-1]
+    assert summary["best"]["validation"]["accuracy"] == max(
+        r["accuracy"] for r in rows if r["split"] == "validation"
+    )
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["lr"] == 1e-2
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    again, _ = fresh(bert_folder)
+    header = bitfit_fast.load(again, tmp_path / "run")
+    assert header.task == {"name": "toy", "metrics": ["accuracy", "mcc"], "max_length": 16}
+
+
+def test_training_learns_what_can_be_learned(bert_folder):
+    model, tokenizer = fresh(bert_folder)
+    settings = Settings(max_steps=60, eval_every=60, batch_size=8, max_length=16, lr=1e-2)
+    summary = bitfit_fast.train(model, tokenizer, DATA, settings)
+    assert summary["final"]["validation"]["accuracy"] == 1.0
+    assert summary["final"]["validation"]["mcc"] == 1.0
+
+
+def test_the_checkpoint_is_the_best_evaluation_and_the_model_the_last(
+    bert_folder, tmp_path, monkeypatch
+):
+    scores = iter([0.2, 0.9, 0.4])
+
+    def evaluate(model, features, collate, metrics, precision):
+        value = next(scores) if len(features) == 12 and features is not train_sample else 0.0
+        return {"loss": 1.0, "accuracy": value, "mcc": value}
+
+    train_sample = None
+    real_subset = loop._subset
+
+    def subset(features, count, seed):
+        nonlocal train_sample
+        train_sample = real_subset(features, count, seed)
+        return train_sample
+
+    monkeypatch.setattr(loop, "_subset", subset)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    model, tokenizer = fresh(bert_folder)
+    states = {}
+    keep = loop.RunFolder.keep
+
+    def spy(self, rows, model, optimizer, progress, base):
+        states[progress.step] = model.classifier.weight.detach().clone()
+        keep(self, rows, model, optimizer, progress, base)
+
+    monkeypatch.setattr(loop.RunFolder, "keep", spy)
+    summary = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    assert summary["best"]["step"] == 8
+    saved = bitfit_fast.read(tmp_path / "run").tensors["classifier.weight"]
+    assert torch.equal(saved, states[8])
+    assert torch.equal(model.classifier.weight, states[12])
+
+
+def test_patience_ends_a_run_that_gets_no_better(bert_folder, tmp_path, monkeypatch):
+    scores = {"loss": 1.0, "accuracy": 0.5, "mcc": 0.0}
+    monkeypatch.setattr(loop, "evaluate", lambda *a: dict(scores))
+    model, tokenizer = fresh(bert_folder)
+    settings = Settings(max_steps=100, eval_every=2, patience=3, max_length=16)
+    summary = bitfit_fast.train(model, tokenizer, DATA, settings, tmp_path / "run")
+    assert summary["steps"] == 8  # the first evaluation is the best, three more are no better
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(bert_folder):
+    def trained(seed):
+        model, tokenizer = fresh(bert_folder, seed=seed)
+        settings = Settings(max_steps=6, batch_size=8, max_length=16, seed=seed)
+        bitfit_fast.train(model, tokenizer, DATA, settings)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    first = trained(0)
+    assert torch.equal(first, trained(0))
+    assert not torch.equal(first, trained(1))
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full", "frozen"])
+def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(
+    bert_folder, tmp_path, monkeypatch, method
+):
+    model, tokenizer = fresh(bert_folder, method)
+    straight = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "straight")
+
+    broken, tokenizer = fresh(bert_folder, method)
+    real = loop.RunFolder.keep
+
+    def killed(self, rows, model, optimizer, progress, base):
+        if progress.step == 8:  # after the lines are written, before the state is
+            for row in rows:
+                with self.metrics.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            raise KeyboardInterrupt
+        real(self, rows, model, optimizer, progress, base)
+
+    monkeypatch.setattr(loop.RunFolder, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bitfit_fast.train(broken, tokenizer, DATA, SETTINGS, tmp_path / "broken")
+    monkeypatch.setattr(loop.RunFolder, "keep", real)
+    assert len(lines(tmp_path / "broken")) == 4
+
+    again, tokenizer = fresh(bert_folder, method)
+    resumed = bitfit_fast.train(
+        again, tokenizer, DATA, SETTINGS, tmp_path / "broken", resume=True
+    )
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), name
+    kept = ("step", "split", "loss", "accuracy", "mcc")
+    one, two = lines(tmp_path / "straight"), lines(tmp_path / "broken")
+    assert [{k: r[k] for k in kept} for r in one] == [{k: r[k] for k in kept} for r in two]
+    assert resumed["best"]["step"] == straight["best"]["step"]
+
+
+def test_a_finished_run_resumes_to_its_summary(bert_folder, tmp_path):
+    model, tokenizer = fresh(bert_folder)
+    first = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    model, tokenizer = fresh(bert_folder)
+    second = bitfit_fast.train(
+        model, tokenizer, DATA, SETTINGS, tmp_path / "run", resume=True
+    )
+    assert second["final"] == first["final"]
+
+
+def test_resuming_under_other_settings_or_on_another_base_is_refused(
+    bert_folder, tmp_path
+):
+    model, tokenizer = fresh(bert_folder)
+    bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    other = Settings(max_steps=12, eval_every=4, batch_size=8, max_length=16, lr=2e-2)
+    with pytest.raises(BitFitError, match=r"its lr was 0\.01, and now it is 0\.02"):
+        bitfit_fast.train(*fresh(bert_folder), DATA, other, tmp_path / "run", resume=True)
+    model, tokenizer = fresh(bert_folder)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] += 1
+    with pytest.raises(BitFitError, match="base model's weights have changed"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run", resume=True)
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(bert_folder, tmp_path):
+    model, tokenizer = fresh(bert_folder)
+    bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(BitFitError, match="--overwrite to replace it or --resume"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    with pytest.raises(BitFitError, match="max-length 5000 is more than the 64"):
+        bitfit_fast.train(
+            model, tokenizer, DATA, Settings(max_length=5000), tmp_path / "run", overwrite=True
+        )
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    with pytest.raises(BitFitError, match="holds no run to resume"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "none", resume=True)
+
+
+def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(
+    bert_folder, tmp_path, monkeypatch
+):
+    model, tokenizer = fresh(bert_folder)
+    from bitfit_fast.training.reference import ReferenceStep
+
+    call = ReferenceStep.__call__
+
+    def poisoned(self, batch):
+        if self.steps == 9:
+            with torch.no_grad():
+                self.model.classifier.bias.fill_(float("nan"))
+        return call(self, batch)
+
+    monkeypatch.setattr(ReferenceStep, "__call__", poisoned)
+    with pytest.raises(BitFitError, match=r"loss is nan at step 10, .* checkpoint of step \d+"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    kept = bitfit_fast.read(tmp_path / "run").tensors
+    assert all(torch.isfinite(t).all() for t in kept.values())
+    _, state = read_tensors(tmp_path / "run" / "state.safetensors", "training state")
+    assert all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point())
+
+
+def test_an_update_that_breaks_the_model_right_before_an_evaluation_is_not_saved(
+    bert_folder, tmp_path, monkeypatch
+):
+    model, tokenizer = fresh(bert_folder)
+    from bitfit_fast.training.reference import ReferenceStep
+
+    call = ReferenceStep.__call__
+
+    def poisoned(self, batch):
+        loss = call(self, batch)
+        if self.steps == 8:
+            with torch.no_grad():
+                self.model.classifier.bias.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(ReferenceStep, "__call__", poisoned)
+    with pytest.raises(BitFitError, match="at step 8"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    assert {row["step"] for row in lines(tmp_path / "run")} == {4}
+    kept = bitfit_fast.read(tmp_path / "run").tensors
+    assert all(torch.isfinite(t).all() for t in kept.values())
+
+
+def test_a_selected_parameter_without_gradient_stops_the_run(bert_folder, tmp_path):
+    model, tokenizer = fresh(bert_folder)
+    model.register_parameter("idle", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(BitFitError, match="1 selected parameters got no gradient: idle"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+
+
+def test_a_train_fraction_uses_nested_subsets(bert_folder):
+    features = [{"input_ids": [i]} for i in range(100)]
+    small = {f["input_ids"][0] for f in loop._subset(features, 10, 3)}
+    large = {f["input_ids"][0] for f in loop._subset(features, 50, 3)}
+    assert len(small) == 10 and small < large
+    model, tokenizer = fresh(bert_folder)
+    settings = Settings(max_steps=2, max_length=16, train_fraction=0.25)
+    assert bitfit_fast.train(model, tokenizer, DATA, settings)["examples"] == 10
+
+
+def test_both_evaluation_sets_of_a_task_are_measured_and_the_first_one_judges(bert_folder):
+    data = task(train=40, validation_matched=12, validation_mismatched=6)
+    summary = bitfit_fast.train(*fresh(bert_folder), data, SETTINGS)
+    assert set(summary["final"]) == {
+        "step", "train", "validation_matched", "validation_mismatched"
+    }  # fmt: skip
+
+
+def test_regression_trains_on_scores(bert_folder):
+    texts, labels = examples(24)
+    splits = {n: Split(n, texts, tuple(2.0 * x for x in labels)) for n in ("train", "validation")}
+    data = TaskData("scores", None, ("pearson", "spearman"), splits)
+    model = bitfit_fast.load_model(str(bert_folder), None)
+    bitfit_fast.select(model)
+    tokenizer = bitfit_fast.load_tokenizer(str(bert_folder))
+    settings = Settings(max_steps=60, batch_size=8, max_length=16, lr=1e-2)
+    assert bitfit_fast.train(model, tokenizer, data, settings)["final"]["validation"][
+        "pearson"
+    ] == pytest.approx(1.0, abs=0.05)
+
+
+def test_without_a_validation_set_the_last_evaluation_is_kept(bert_folder, tmp_path):
+    model, tokenizer = fresh(bert_folder)
+    summary = bitfit_fast.train(
+        model, tokenizer, task(train=40), SETTINGS, tmp_path / "run"
+    )
+    assert summary["best"]["step"] == 12
+    saved = bitfit_fast.read(tmp_path / "run").tensors["classifier.bias"]
+    assert torch.equal(saved, model.classifier.bias.detach())
+
+
+def test_a_device_that_is_not_there_is_refused(bert_folder):
+    with pytest.raises(BitFitError, match="unknown device 'gpu0x'"):
+        bitfit_fast.train(*fresh(bert_folder), DATA, Settings(device="gpu0x", max_length=16))
+    if not torch.cuda.is_available():
+        with pytest.raises(BitFitError, match="sees no CUDA device"):
+            bitfit_fast.train(*fresh(bert_folder), DATA, Settings(device="cuda", max_length=16))
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[3])
+import test_loop as t, bitfit_fast
+from pathlib import Path
+settings = bitfit_fast.Settings(
+    max_steps=40, eval_every=1, batch_size=8, max_length=16, lr=1e-2
+)
+bitfit_fast.train(*t.fresh(Path(sys.argv[1])), t.DATA, settings, sys.argv[2], resume=%r)
+"""
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(bert_folder, tmp_path):
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+
+    def start(folder, resume):
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED % resume, str(bert_folder), str(folder), here],
+            env=environment,
+        )
+
+    straight = tmp_path / "straight"
+    assert start(straight, False).wait() == 0
+    killed = tmp_path / "killed"
+    process = start(killed, False)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "metrics.jsonl").exists() and len(lines_whole(killed)) >= 10:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    bitfit_fast.read(killed)  # whole
+    assert start(killed, True).wait() == 0
+    one, two = bitfit_fast.read(straight), bitfit_fast.read(killed)
+    assert all(torch.equal(t, two.tensors[name]) for name, t in one.tensors.items())
+    kept = ("step", "split", "loss", "accuracy")
+    assert [[r[k] for k in kept] for r in lines(straight)] == [
+        [r[k] for k in kept] for r in lines(killed)
+    ]
+
+
+def lines_whole(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
