@@ -38,7 +38,7 @@ LEARNING_RATES = {
 }
 NAMES = {"bitfit": "BitFit", "full": "full fine-tuning", "frozen": "frozen (head only)"}
 #: Steps of a run that only compares learning rates.
-SEARCH_STEPS = 300
+SEARCH_STEPS = 200
 HELD_BACK = 0.1
 
 

@@ -84,7 +84,7 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog="Example: bitfit-fast train --task rte --data-dir glue --output runs/rte")
 def train(
     model: Annotated[
         str, typer.Option(help="Hub name or local folder of any sequence-classification model.")
@@ -103,7 +103,7 @@ def train(
         Location, typer.Option(help="Evaluated on the way.", rich_help_panel=DATA)
     ] = None,
     test_file: Annotated[
-        Location, typer.Option(help="Read and checked, for predict.", rich_help_panel=DATA)
+        Location, typer.Option(help="Predicted at the end, into the folder.", rich_help_panel=DATA)
     ] = None,
     text_column: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -155,7 +155,7 @@ def train(
     max_steps: Annotated[
         Number, typer.Option(help="Optimiser steps at most.", rich_help_panel=SPEED)
     ] = None,
-    batch_size: Annotated[int, typer.Option(rich_help_panel=SPEED)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", rich_help_panel=SPEED)] = 16,
     max_length: Annotated[
         int, typer.Option(help="Tokens an example.", rich_help_panel=SPEED)
     ] = 128,
@@ -165,7 +165,10 @@ def train(
     schedule: Annotated[
         str, typer.Option(help="linear (to zero) or constant.", rich_help_panel=SPEED)
     ] = "linear",
-    seed: Annotated[int, typer.Option(rich_help_panel=SPEED)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of the head, the order of examples, dropout.", rich_help_panel=SPEED),
+    ] = 0,
     precision: Precision = "fp32",
     train_fraction: Annotated[
         float, typer.Option(help="Share of the training set to use.", rich_help_panel=SPEED)
@@ -237,9 +240,15 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+    if "test" in data.splits:
+        best_model, tokenizer, checkpoint = open_model(output, model)
+        for path in predict_checkpoint(
+            best_model, tokenizer, checkpoint, data, output, precision=precision, device=device
+        ):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: bitfit-fast evaluate runs/rte-bitfit-0 --data-dir glue")
 def evaluate(
     trained: Trained,
     task: TaskName = None,
@@ -269,7 +278,7 @@ def evaluate(
         write_json(output, scores)
 
 
-@app.command()
+@app.command(epilog="Example: bitfit-fast predict runs/rte --data-dir glue --output submission")
 def predict(
     trained: Trained,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the TSV files.")],
@@ -294,7 +303,7 @@ def predict(
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: bitfit-fast inspect runs/rte --output change.png")
 def inspect(
     trained: Annotated[
         Location, typer.Argument(help="A run's folder, or its model.safetensors.")
@@ -360,7 +369,7 @@ def inspect(
     console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="Example: bitfit-fast merge runs/rte merged-rte")
 def merge(
     trained: Trained,
     output: Annotated[Path, typer.Argument(help="Folder to make.")],

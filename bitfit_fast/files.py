@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_json_line", "replace_file", "to_json", "write_json"]
+__all__ = ["append_json_line", "replace_file", "to_json", "write_json", "write_text"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -60,10 +60,14 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(_plain(value), allow_nan=False, **options)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as an indented JSON file, whole or not at all."""
-    text = to_json(value, indent=2) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def append_json_line(path: Path, value: Any) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .data.batches import pad, tokenize
+from .data.files import load_files
 from .data.glue import GLUE
 from .data.load import load_task
 from .data.task import Split, TaskData
 from .errors import BitFitError, listed
-from .files import replace_file
+from .files import write_text
 from .models.families import biases
 from .training.evaluate import evaluate, predict
 from .training.loop import choose_device
@@ -42,13 +43,12 @@ def task_of(
     header = checkpoint.header
     info = header.task
     if file is not None:
-        columns = {k: info[k] for k in ("text_columns", "label_column") if k in info}
-        data = load_task(
-            **{f"{split}_file": file},
-            **columns,
+        data = load_files(
+            {split: Path(file)},
+            info.get("text_columns", ("text",)),
+            info.get("label_column", "label"),
             labels=header.labels,
             regression=header.labels is None,
-            kinds=(split,),
         )
     else:
         name = task or info.get("name")
@@ -147,9 +147,8 @@ def predict_checkpoint(
         features = _features(checkpoint, tokenizer, Split(part.name, part.texts, None), max_length)
         logits, _ = predict(model, features, pad(tokenizer), precision=precision)
         lines = [f"{i}\t{text}" for i, text in enumerate(_written(data, logits))]
-        text = "\n".join(["index\tprediction", *lines]) + "\n"
         path = Path(output) / f"{_submission_name(data.name, part.name)}.tsv"
-        replace_file(path, lambda tmp, text=text: tmp.write_text(text, encoding="utf-8") and None)
+        write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")
         paths.append(path)
     return paths
 

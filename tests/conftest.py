@@ -23,7 +23,10 @@ from transformers import (
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-WORDS = "the a plot acting was is good bad dull fine and but not very great poor it one two".split()
+WORDS = (
+    *("the", "a", "plot", "acting", "was", "is", "good", "bad", "dull", "fine"),
+    *("and", "but", "not", "very", "great", "poor", "it", "one", "two"),
+)
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

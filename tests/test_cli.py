@@ -158,8 +158,14 @@ def test_merge_writes_a_folder_and_refuses_to_overwrite_one(trained, run, tmp_pa
 
 def test_files_train_evaluate_and_predict(run, files, bert_folder, tmp_path):
     run_folder = tmp_path / "run"
-    both = ("--train-file", files / "train.csv", "--validation-file", files / "validation.csv")
-    assert run(*quick(bert_folder, run_folder, *both, "--text-column", "text"))[0] == 0
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps({"text": a}) + "\n" for a, _, _ in ROWS))
+    three = (
+        "--train-file", files / "train.csv", "--validation-file", files / "validation.csv",
+        "--test-file", test,
+    )  # fmt: skip
+    assert run(*quick(bert_folder, run_folder, *three, "--text-column", "text"))[0] == 0
+    assert len((run_folder / "files-test.tsv").read_text().splitlines()) == len(ROWS) + 1
     code, out, _ = run("evaluate", run_folder, "--file", files / "validation.csv")
     assert code == 0 and "mcc" in out
     code, _, _ = run(
@@ -180,7 +186,7 @@ def test_overwrite_and_resume_on_the_command_line(run, files, bert_folder, tmp_p
 
 @pytest.mark.parametrize("method", ["full", "frozen"])
 def test_other_methods_train(run, files, bert_folder, tmp_path, method):
-    code, out, _ = run(
+    code, _, _ = run(
         *quick(bert_folder, tmp_path / "run", "--train-file", files / "train.csv"),
         "--method", method, "--precision", "bf16", "--schedule", "constant",
     )  # fmt: skip
@@ -274,9 +280,7 @@ def test_train_refuses_a_model_without_biases(run, config, bert_folder, files, t
 
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "model")
-    result = run(
-        *quick(tmp_path / "model", tmp_path / "out", "--train-file", files / "train.csv")
-    )
+    result = run(*quick(tmp_path / "model", tmp_path / "out", "--train-file", files / "train.csv"))
     refused(result, "has no bias terms outside its head", "none")
 
 

@@ -176,7 +176,9 @@ class _Run:
                 f"{self.selection.method} {self.data.name}",
                 total=self.plan.steps,
                 completed=self.progress.step,
-                **dict.fromkeys(("loss", "metric", "speed"), ""),
+                loss="",
+                metric="",
+                speed="",
             )
             while not self._finished():
                 self._train_to_next_evaluation()
@@ -248,7 +250,7 @@ class _Run:
     def _evaluate(self) -> None:
         """Evaluate every split, and keep what a later look or a resumed run needs."""
         progress, main = self.progress, self.data.metrics[0]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, features in self.evaluated.items():
             self.bar.update(self.bar_task, speed=f"evaluating {name}")
             scores = evaluate(

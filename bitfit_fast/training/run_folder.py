@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BitFitError, listed
-from ..files import append_json_line, replace_file, to_json, write_json
+from ..files import append_json_line, to_json, write_json, write_text
 from ..tensorfile import read_tensors, write_tensors
 
 __all__ = ["Progress", "RunFolder"]
@@ -104,7 +104,9 @@ class RunFolder:
         """
         for row in rows:
             append_json_line(self.metrics, row)
-        tensors = {f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad}
+        tensors: dict[str, Tensor] = {
+            f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad
+        }
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
         tensors[_RNG_CPU] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -137,6 +139,5 @@ class RunFolder:
         if _RNG_CUDA in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors[_RNG_CUDA])
         progress = Progress(**header["progress"])
-        text = "".join(to_json(row) + "\n" for row in progress.rows)
-        replace_file(self.metrics, lambda tmp: tmp.write_text(text, encoding="utf-8") and None)
+        write_text(self.metrics, "".join(to_json(row) + "\n" for row in progress.rows))
         return optimizer, progress

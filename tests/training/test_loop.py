@@ -166,9 +166,7 @@ def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(
     assert len(lines(tmp_path / "broken")) == 4
 
     again, tokenizer = fresh(bert_folder, method)
-    resumed = bitfit_fast.train(
-        again, tokenizer, DATA, SETTINGS, tmp_path / "broken", resume=True
-    )
+    resumed = bitfit_fast.train(again, tokenizer, DATA, SETTINGS, tmp_path / "broken", resume=True)
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p, q), name
     kept = ("step", "split", "loss", "accuracy", "mcc")
@@ -181,15 +179,11 @@ def test_a_finished_run_resumes_to_its_summary(bert_folder, tmp_path):
     model, tokenizer = fresh(bert_folder)
     first = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
     model, tokenizer = fresh(bert_folder)
-    second = bitfit_fast.train(
-        model, tokenizer, DATA, SETTINGS, tmp_path / "run", resume=True
-    )
+    second = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run", resume=True)
     assert second["final"] == first["final"]
 
 
-def test_resuming_under_other_settings_or_on_another_base_is_refused(
-    bert_folder, tmp_path
-):
+def test_resuming_under_other_settings_or_on_another_base_is_refused(bert_folder, tmp_path):
     model, tokenizer = fresh(bert_folder)
     bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
     other = Settings(max_steps=12, eval_every=4, batch_size=8, max_length=16, lr=2e-2)
@@ -306,9 +300,7 @@ def test_regression_trains_on_scores(bert_folder):
 
 def test_without_a_validation_set_the_last_evaluation_is_kept(bert_folder, tmp_path):
     model, tokenizer = fresh(bert_folder)
-    summary = bitfit_fast.train(
-        model, tokenizer, task(train=40), SETTINGS, tmp_path / "run"
-    )
+    summary = bitfit_fast.train(model, tokenizer, task(train=40), SETTINGS, tmp_path / "run")
     assert summary["best"]["step"] == 12
     saved = bitfit_fast.read(tmp_path / "run").tensors["classifier.bias"]
     assert torch.equal(saved, model.classifier.bias.detach())

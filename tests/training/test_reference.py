@@ -14,10 +14,10 @@ from bitfit_fast.training.settings import Plan
 
 
 def plan(**changes) -> Plan:
-    values = dict(
-        steps=100, steps_per_epoch=10, warmup_steps=6, eval_every=10, lr=1e-2,
-        schedule="linear", precision="fp32", grad_clip=1.0,
-    )  # fmt: skip
+    values = {
+        "steps": 100, "steps_per_epoch": 10, "warmup_steps": 6, "eval_every": 10, "lr": 1e-2,
+        "schedule": "linear", "precision": "fp32", "grad_clip": 1.0,
+    }  # fmt: skip
     return Plan(**{**values, **changes})
 
 
