@@ -1,4 +1,9 @@
-"""Packaging of bitfit_fast."""
+"""Packaging of bitfit_fast.
+
+The kernels live in the top-level folder `kernels/`, which must not be a package of its own:
+Hugging Face publishes one of that name. The committed link `bitfit_fast/kernels` makes them
+importable as `bitfit_fast.kernels`.
+"""
 
 import re
 from pathlib import Path
@@ -21,6 +26,7 @@ setup(
     packages=[
         "bitfit_fast",
         "bitfit_fast.data",
+        "bitfit_fast.kernels",
         "bitfit_fast.models",
         "bitfit_fast.training",
     ],

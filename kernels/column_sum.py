@@ -1,0 +1,135 @@
+"""Column sums: the bias gradient of a linear layer from the gradient of its output.
+
+    db[s, n] = sum over rows m of segment s of dy[m, n]
+
+`dy` is `[M, N]` in fp32, fp16 or bf16 with any strides, also 0 (an expanded gradient); `db` is
+fp32, and so is the accumulation. Two stages: each program adds its share of the rows into one
+partial row, then `_reduce` adds the partial rows. Reads `M N` elements of `dy` once, writes and
+reads `S P N` fp32 numbers besides, where P is the number of partial rows of a segment.
+
+Rows are cut into S segments by offsets `[S + 1]`; a plain sum is the case of one segment.
+Segment s is the rows from `offsets[s]` up to `offsets[s + 1]`, so it may be empty.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, device_guard, next_power_of_2, processors
+from ._reduce import add_partial_rows
+
+__all__ = ["column_sum", "column_sum_config"]
+
+#: Programs for each multiprocessor: enough loads in flight to hide the memory's latency.
+_PROGRAMS_PER_PROCESSOR = 8
+#: Tiles that a program should add before it writes its partial row.
+_TILES_PER_PROGRAM = 4
+
+
+@triton.jit
+def _column_sum_kernel(
+    dy_ptr,  # [M, N]
+    offsets_ptr,  # [S + 1], int64
+    partial_ptr,  # [S, P, N], fp32
+    M,
+    N,
+    P,
+    stride_ym,
+    stride_yn,
+    HAS_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.program_id(1)
+    segment = tl.program_id(2)
+    in_row = cols < N
+    if HAS_OFFSETS:
+        first = tl.load(offsets_ptr + segment).to(tl.int64)
+        end = tl.load(offsets_ptr + segment + 1).to(tl.int64)
+    else:
+        first = tl.zeros((), dtype=tl.int64)
+        end = first + M
+    steps = tl.cdiv(end - first, P * BLOCK_M).to(tl.int32)
+    # row offsets are 64 bits wide: M * N may pass 2^31
+    rows = first + share * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    at = dy_ptr + rows[:, None] * stride_ym + cols.to(tl.int64)[None, :] * stride_yn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, steps):
+        inside = (rows < end)[:, None] & in_row[None, :]
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        rows += P * BLOCK_M
+        at += (P * BLOCK_M).to(tl.int64) * stride_ym
+    row = (segment.to(tl.int64) * P + share) * N
+    tl.store(partial_ptr + row + cols, tl.sum(acc, axis=0), mask=in_row)
+
+
+def column_sum_config(rows: int, columns: int, segments: int, processors: int) -> dict[str, int]:
+    """Return the launch configuration: tile sizes, warps, and partial rows of a segment.
+
+    Parameters
+    ----------
+    rows, columns, segments : int
+        Shape of the problem; `rows` is the average of a segment.
+    processors : int
+        Multiprocessors of the device.
+
+    Returns
+    -------
+    dict
+        `BLOCK_M`, `BLOCK_N`, `num_warps` of the kernel, and `P`.
+    """
+    block_n = min(128, max(16, next_power_of_2(columns)))
+    # eight 16-bit elements of a row make a 16-byte load; 32 of them a thread
+    block_m = 32
+    busy = _PROGRAMS_PER_PROCESSOR * processors
+    wanted = cdiv(busy, max(1, cdiv(columns, block_n) * segments))
+    useful = cdiv(rows, block_m * _TILES_PER_PROGRAM)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": 4,
+        "P": max(1, min(wanted, useful)),
+    }
+
+
+def column_sum(dy: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Add the rows of a matrix, segment by segment.
+
+    Parameters
+    ----------
+    dy : Tensor
+        `[M, N]`, fp32, fp16 or bf16, any strides; it is only read.
+    offsets : Tensor, optional
+        `[S + 1]` int64 on the device of `dy`, ascending, from 0 to M.
+
+    Returns
+    -------
+    Tensor
+        fp32 `[N]`, or `[S, N]` with offsets. The same input gives the same bits.
+    """
+    rows, columns = dy.shape
+    segments = 1 if offsets is None else offsets.numel() - 1
+    config = column_sum_config(cdiv(rows, max(1, segments)), columns, segments, processors(dy))
+    partial_rows = config.pop("P")
+    partial = torch.empty(segments, partial_rows, columns, dtype=torch.float32, device=dy.device)
+    if partial.numel():
+        grid = (cdiv(columns, config["BLOCK_N"]), partial_rows, segments)
+        with device_guard(dy):
+            _column_sum_kernel[grid](
+                dy,
+                dy if offsets is None else offsets,
+                partial,
+                rows,
+                columns,
+                partial_rows,
+                dy.stride(0),
+                dy.stride(1),
+                HAS_OFFSETS=offsets is not None,
+                **config,
+            )
+    db = add_partial_rows(partial)
+    return db[0] if offsets is None else db

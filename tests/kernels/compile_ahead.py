@@ -1,0 +1,82 @@
+"""Compile every kernel for GPUs that need not be there, and print what each one takes.
+
+Run by `test_compile.py` in a process without Triton's interpreter; prints one line of JSON for
+each kernel, configuration and architecture: registers, spilled bytes and shared memory.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from bitfit_fast.kernels import _reduce, column_sum
+
+POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+#: (rows, columns) of the shapes whose configurations are compiled.
+SHAPES = ((8192, 768), (64, 1), (100, 30))
+
+
+def variants():
+    """Yield name, kernel, signature, constants and warps of everything that can be launched."""
+    for rows, columns in SHAPES:
+        config = column_sum.column_sum_config(rows, columns, 1, 132)
+        config.pop("P")
+        warps = config.pop("num_warps")
+        for dtype, pointer in POINTERS.items():
+            # what a launch specialises on: addresses and strides in whole 16-byte loads
+            aligned = ("dy_ptr", "partial_ptr", "stride_ym", "N") if columns % 16 == 0 else ()
+            for segmented in (False, True):
+                signature = {
+                    "dy_ptr": pointer,
+                    "offsets_ptr": "*i64" if segmented else pointer,
+                    "partial_ptr": "*fp32",
+                    **dict.fromkeys(("M", "N", "P", "stride_ym"), "i32"),
+                    "stride_yn": "constexpr",
+                }
+                constants = {"stride_yn": 1, "HAS_OFFSETS": segmented, **config}
+                name = f"column_sum {dtype} {columns} segmented={segmented}"
+                yield name, column_sum._column_sum_kernel, signature, aligned, constants, warps
+    constants = {"BLOCK_P": _reduce._BLOCK_P, "BLOCK_N": _reduce._BLOCK_N}
+    signature = {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "N": "i32"}
+    yield "add_partial_rows", _reduce._add_partial_rows_kernel, signature, (), constants, 4
+
+
+def compiled(kernel, signature, aligned, constants, warps, capability):
+    """Return registers, spilled bytes and shared memory of one kernel."""
+    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options={"num_warps": warps})
+    architecture = re.search(r"\.target (sm_\w+)", built.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(built.asm["ptx"])
+        command = [get_ptxas(capability).path, "-v", f"-arch={architecture}", str(ptx)]
+        done = subprocess.run(
+            [*command, "-o", str(ptx.with_suffix(".cubin"))],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", done.stderr)[1]),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr))),
+        "shared": built.metadata.shared,
+    }
+
+
+def main():
+    """Compile for the architectures named on the command line."""
+    for capability in map(int, sys.argv[1:]):
+        for name, *what in variants():
+            print(json.dumps({"name": name, "sm": capability, **compiled(*what, capability)}))
+
+
+if __name__ == "__main__":
+    main()
