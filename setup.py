@@ -21,7 +21,6 @@ setup(
     description="BitFit fine-tuning of transformers: train the biases, and nothing twice",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
         "bitfit_fast",

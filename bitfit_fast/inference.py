@@ -183,7 +183,7 @@ def bias_changes(base: nn.Module, checkpoint: Checkpoint) -> dict[tuple[str, int
     Returns
     -------
     dict of (term, layer) to float
-        Mean absolute difference over the entries (Ben Zaken et al. 2022, section 4.2);
+        Mean absolute difference over the entries (Ben Zaken et al. 2022: ||b0 - bF||_1 / dim);
         layer None stands for biases outside of the layers.
     """
     parameters = dict(base.named_parameters())

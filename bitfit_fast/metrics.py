@@ -1,4 +1,4 @@
-"""The metrics of the paper's tasks: counts and correlations by torchmetrics, in fp64."""
+"""The metrics of the paper's tasks, from torchmetrics."""
 
 from __future__ import annotations
 
@@ -7,56 +7,49 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import pearson_corrcoef
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import (
+    binary_f1_score,
+    multiclass_accuracy,
+    multiclass_matthews_corrcoef,
+)
 
 __all__ = ["METRICS", "compute"]
 
 
-def _confusion(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the counts in fp64, a row for each true class."""
-    return multiclass_confusion_matrix(logits.argmax(-1), labels, logits.shape[-1]).double()
-
-
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    counts = _confusion(logits, labels)
-    return counts.trace() / counts.sum()
-
-
-def _mcc(logits: Tensor, labels: Tensor) -> Tensor:
-    # torchmetrics' own is far from 0 where the prediction is constant, and GLUE's is 0
-    counts = _confusion(logits, labels)
-    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
-    covariance = counts.trace() * total - true @ predicted
-    variances = (total**2 - true @ true) * (total**2 - predicted @ predicted)
-    return covariance / variances.sqrt()
+    return multiclass_accuracy(logits.argmax(-1), labels, logits.shape[-1], average="micro")
 
 
 def _f1(logits: Tensor, labels: Tensor) -> Tensor:
-    counts = _confusion(logits, labels)
-    return 2 * counts[1, 1] / (counts[1].sum() + counts[:, 1].sum())
+    return binary_f1_score(logits.argmax(-1), labels)
+
+
+def _mcc(logits: Tensor, labels: Tensor) -> Tensor:
+    predicted = logits.argmax(-1)
+    # torchmetrics gives 0.58 for some constant predictions, where GLUE's server gives 0
+    if _constant(predicted) or _constant(labels):
+        return torch.zeros(())
+    return multiclass_matthews_corrcoef(predicted, labels, logits.shape[-1])
 
 
 def _pearson(logits: Tensor, labels: Tensor) -> Tensor:
-    return _correlation(logits.squeeze(-1), labels)
+    return _correlation(pearson_corrcoef, logits.squeeze(-1), labels)
 
 
 def _spearman(logits: Tensor, labels: Tensor) -> Tensor:
-    return _correlation(_ranks(logits.squeeze(-1)), _ranks(labels))
+    return _correlation(spearman_corrcoef, logits.squeeze(-1), labels)
 
 
-def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    # the mean of equal numbers may be rounded, so that their variance is not quite zero
-    if x.min() == x.max() or y.min() == y.max():
-        return x.new_zeros(())
-    return pearson_corrcoef(x, y)
+def _correlation(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    # the variance of equal numbers is not quite zero where their mean is rounded
+    if _constant(x) or _constant(y) or not bool(torch.isfinite(x).all()):
+        return torch.zeros(())
+    return function(x, y)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Return fp64 ranks; equal values share the mean of theirs, and NaN stays NaN."""
-    _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    means = counts.cumsum(0) - (counts - 1).double() / 2
-    return torch.where(values.isnan(), values, means[places])
+def _constant(values: Tensor) -> bool:
+    return bool((values == values[0]).all())
 
 
 #: Name -> function of fp64 logits `[N, classes]` (`[N, 1]` for regression) and labels `[N]`.
@@ -86,11 +79,12 @@ def compute(names: Sequence[str], logits: Tensor, labels: Sequence[float]) -> di
     -------
     dict of str to float
         In the order of `names`. A correlation with a constant prediction is 0, where the
-        formula would divide by zero: nothing has been learned.
+        formula would divide by zero: nothing has been learned. So is one with NaN.
     """
     # correlations of thousands of scores lose digits in fp32
     logits = logits.detach().cpu().double()
     regression = logits.shape[-1] == 1
     target = torch.tensor(labels, dtype=torch.float64 if regression else torch.int64)
     values = {name: float(METRICS[name](logits, target)) for name in names}
-    return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+    # torchmetrics divides in fp32, whose eighth digit is noise
+    return {name: round(v, 7) if math.isfinite(v) else 0.0 for name, v in values.items()}

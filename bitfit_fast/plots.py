@@ -76,7 +76,7 @@ def learning_curves(
 def change_heatmap(
     changes: Mapping[tuple[str, int | None], float], path: Path, title: str = ""
 ) -> None:
-    """Draw the mean absolute change of each bias term by layer (figure 2 of the paper).
+    """Draw the mean absolute change of each bias term by layer, as the BitFit paper does.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 64,
-    "max_position_embeddings": 66,
+    "max_position_embeddings": 130,
     # wide enough that the random model tells one word from another
     "initializer_range": 0.2,
 }
@@ -58,7 +58,7 @@ def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: boo
         pad_token=pad,
         cls_token=cls,
         sep_token=sep,
-        model_max_length=64,
+        model_max_length=128,
         model_input_names=names,
     )
 

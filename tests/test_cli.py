@@ -217,7 +217,7 @@ TRAIN_REFUSALS = {
     "unknown device": (("--device", "tpu9"), ("tpu9", "auto, cpu, cuda")),
     "unknown schedule": (("--schedule", "cosine"), ("cosine", "linear, constant")),
     "unknown precision": (("--precision", "int8"), ("int8", "fp32, bf16")),
-    "too long": (("--max-length", "100"), ("100", "64")),
+    "too long": (("--max-length", "200"), ("200", "128")),
     "missing model": (("--model", "./nowhere"), ("nowhere", "does not exist")),
     "no network": (("--model", "some/model"), ("some/model", "local folder")),
     "task and files": (("--train-file", "x.csv"), ("not both",)),

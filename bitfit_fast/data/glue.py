@@ -206,6 +206,11 @@ def _read_hub(task: GlueTask, name: str, split: str, repository: str) -> Split:
                 f"{source} has no column '{column}'; its columns are {listed(data.column_names)}"
             )
     texts = list(zip(*(data[column][:] for column in task.hub_text)))
+    for row, example in enumerate(texts, 1):
+        if None in example:
+            raise BitFitError(
+                f"{source}, {split} row {row}: a column of {listed(task.hub_text)} holds no text"
+            )
     found = data["label"][:]
     labels: list[int | float] | None = None
     # the hub marks missing labels by -1

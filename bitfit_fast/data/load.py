@@ -83,6 +83,8 @@ def load_task(
     if task is None:
         if not files:
             raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
+        if data_dir is not None:
+            raise BitFitError(f"files take no data folder, got {data_dir}")
         return load_files(files, text_columns, label_column, labels, regression)
     name = task_name(task)
     if name == _REVIEWS:

@@ -1,4 +1,4 @@
-"""The built-in task `reviews`: is a short review positive or negative?
+"""The built-in task `reviews`: tell positive from negative short reviews.
 
 The sentences come from a small grammar. A clause says that an aspect has, or has not, a
 quality ("the plot was hardly dull"); a sentence frame holds one clause, two that agree, or

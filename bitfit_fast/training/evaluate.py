@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Collate, Features, evaluation_batches
-from ..metrics import compute
 
 __all__ = ["evaluate", "predict"]
 
@@ -69,6 +68,8 @@ def evaluate(
     precision: str = "fp32",
 ) -> dict[str, float]:
     """Return `loss` and the metrics over labelled examples."""
+    from ..metrics import compute  # torchmetrics takes a second that --help need not wait for
+
     logits, loss = predict(model, features, collate, precision=precision)
     labels = [feature["labels"] for feature in features]
     return {"loss": loss or 0.0, **compute(metrics, logits, labels)}

@@ -13,7 +13,7 @@ __all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings"]
 
 #: Fewer optimiser steps than this are the commonest cause of a poor BitFit run.
 MIN_STEPS = 500
-#: Learning rates that the BitFit paper searched (Ben Zaken et al. 2022, appendix A.2).
+#: Range of learning rates that the BitFit paper used (Ben Zaken et al. 2022).
 PAPER_LR = (1e-4, 1e-3)
 DEFAULT_EPOCHS = 3
 DEFAULT_EVALUATIONS = 10

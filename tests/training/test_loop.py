@@ -203,7 +203,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(bert_folder, tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(BitFitError, match="--overwrite to replace it or --resume"):
         bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
-    with pytest.raises(BitFitError, match="max-length 5000 is more than the 64"):
+    with pytest.raises(BitFitError, match="max-length 5000 is more than the 128"):
         bitfit_fast.train(
             model, tokenizer, DATA, Settings(max_length=5000), tmp_path / "run", overwrite=True
         )
