@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .errors import BitFitError, listed
-from .models.loading import load_model, load_tokenizer
+from .models.loading import SEED, load_model, load_tokenizer
 from .selection import HEAD, Selection
-from .tensorfile import digest, read_tensors, write_tensors
+from .tensorfile import align, digest, read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",
@@ -62,6 +63,8 @@ class Header:
         What else the training run knew: the task's name, its columns, the token limit.
     versions : dict of str to str
         Of the software that wrote the file.
+    seed : int
+        Seed of what the base does not hold and the model began with, such as a new head.
     """
 
     base: str
@@ -74,6 +77,15 @@ class Header:
     labels: list[str] | None
     task: dict[str, Any]
     versions: dict[str, str]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Backup:
+    """What a model held before a checkpoint was loaded into it."""
+
+    parameters: dict[str, Tensor]
+    labels: tuple[dict[int, str], dict[str, int]] | None
 
 
 @dataclass(frozen=True)
@@ -102,17 +114,28 @@ def fingerprint(model: nn.Module, trained: set[str] | tuple[str, ...]) -> str:
 
     A weight with several names (tied) counts as trained under each of them.
     """
-    parameters = dict(model.named_parameters())
+    return _fingerprint(model, trained, {})
+
+
+def _fingerprint(
+    model: nn.Module, trained: set[str] | tuple[str, ...], instead: Mapping[str, Tensor]
+) -> str:
+    """Return the fingerprint that the model would have with the parameters `instead`."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     left_out = {id(parameters[name]) for name in trained if name in parameters}
+    values = {id(parameters[name]): tensor for name, tensor in instead.items()}
     state = model.state_dict(keep_vars=True)
-    return digest((n, t) for n, t in state.items() if id(t) not in left_out)
+    return digest((n, values.get(id(t), t)) for n, t in state.items() if id(t) not in left_out)
 
 
 def _labels(model: nn.Module) -> list[str] | None:
     config = getattr(model, "config", None)
-    if config is None or getattr(config, "problem_type", None) == "regression":
+    names = getattr(config, "id2label", None)
+    problem = getattr(config, "problem_type", None)
+    # transformers, too, takes a single output without a problem type for a score
+    if not names or problem == "regression" or (problem is None and len(names) == 1):
         return None
-    return [config.id2label[i] for i in range(len(config.id2label))]
+    return [names[i] for i in sorted(names)]
 
 
 def save(
@@ -157,6 +180,7 @@ def save(
         labels=_labels(model),
         task=task or {},
         versions=versions(),
+        seed=getattr(model, SEED, 0),
     )
     parameters = dict(model.named_parameters())
     tensors = {name: parameters[name] for name in selection.names}
@@ -198,8 +222,8 @@ def load(
     Parameters
     ----------
     model : nn.Module
-        The base model with a head of the right size; changed in place. What `load` put
-        into it before is taken out first.
+        The base model with a head of the right size; changed in place, or not at all
+        where the checkpoint is refused. What `load` put into it before is taken out first.
     checkpoint : str, PathLike or Checkpoint
         A file, a run's folder, or what `read` returned.
     any_base : bool
@@ -218,8 +242,6 @@ def load(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read(checkpoint)
     header, tensors = checkpoint.header, checkpoint.tensors
-    if hasattr(model, _BACKUP):
-        unload(model)
     parameters = dict(model.named_parameters())
     made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
     missing = [name for name in tensors if name not in parameters]
@@ -234,7 +256,7 @@ def load(
                 f"{list(parameters[name].shape)}"
             )
     if not any_base:
-        found = fingerprint(model, set(tensors))
+        found = _fingerprint(model, set(tensors), _loaded_over(model))
         if found != header.fingerprint:
             name = getattr(getattr(model, "config", None), "name_or_path", "")
             raise BitFitError(
@@ -242,19 +264,33 @@ def load(
                 f"'{name}' with fingerprint {found[:12]}; loading onto another base needs "
                 "any_base (--any-base)"
             )
-    config = getattr(model, "config", None)
-    backup = {
-        "parameters": {name: parameters[name].detach().clone() for name in tensors},
-        "labels": (config.id2label, config.label2id) if header.labels and config else None,
-    }
+    if hasattr(model, _BACKUP):
+        unload(model)
+    config: Any = getattr(model, "config", None)
+    labels = header.labels if config is not None else None
+    backup = _Backup(
+        {name: parameters[name].detach().clone() for name in tensors},
+        (config.id2label, config.label2id) if labels else None,
+    )
+    _put(model, tensors)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    setattr(model, _BACKUP, backup)
+    return header
+
+
+def _loaded_over(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the base holds where the model now holds a checkpoint's parameters."""
+    backup: _Backup | None = getattr(model, _BACKUP, None)
+    return {} if backup is None else backup.parameters
+
+
+def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    if backup["labels"]:
-        config.id2label = dict(enumerate(header.labels))
-        config.label2id = {label: i for i, label in enumerate(header.labels)}
-    setattr(model, _BACKUP, backup)
-    return header
 
 
 def unload(model: nn.Module) -> None:
@@ -265,15 +301,13 @@ def unload(model: nn.Module) -> None:
     BitFitError
         If nothing was loaded.
     """
-    backup = getattr(model, _BACKUP, None)
+    backup: _Backup | None = getattr(model, _BACKUP, None)
     if backup is None:
         raise BitFitError("nothing to unload: no checkpoint was loaded into this model")
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in backup["parameters"].items():
-            parameters[name].copy_(tensor)
-    if backup["labels"]:
-        model.config.id2label, model.config.label2id = backup["labels"]
+    _put(model, backup.parameters)
+    if backup.labels is not None:
+        config: Any = model.config
+        config.id2label, config.label2id = backup.labels
     delattr(model, _BACKUP)
 
 
@@ -298,8 +332,11 @@ def open_model(
         The model in evaluation mode.
     """
     checkpoint = read(path)
-    name = base or checkpoint.header.base
-    model = load_model(name, checkpoint.header.labels)
+    header = checkpoint.header
+    name = base or header.base
+    if not name:
+        raise BitFitError(f"{checkpoint.path} does not say its base model; name it (--base)")
+    model = load_model(name, header.labels, header.seed)
     load(model, checkpoint, any_base=any_base)
     return model.eval(), load_tokenizer(name), checkpoint
 
@@ -331,17 +368,19 @@ def merge(
     BitFitError
         If the folder exists and is not empty, or the checkpoint cannot be loaded.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    folder = Path(output).resolve()  # a rename needs the folder itself, not a link to it or "."
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BitFitError(f"{output} exists already; name a new folder to merge into")
     model, tokenizer, _ = open_model(path, base, any_base)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         model.save_pretrained(temporary)
+        for file in temporary.glob("*.safetensors"):
+            align(file)
         tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
-        os.replace(temporary, output)
+        os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output
+    return Path(output)

@@ -348,7 +348,7 @@ def inspect(
     for key, value in rows.items():
         table.add_row(key, escape(str(value)))
     console.print(table)
-    before = load_model(base or header.base, header.labels)
+    before = load_model(base or header.base, header.labels, header.seed)
     changes = bias_changes(before, checkpoint)
     load(before, checkpoint, any_base=any_base)  # refuses another base
     if not changes:

@@ -19,6 +19,11 @@ __all__ = ["METHODS", "Method", "Selection", "Trained", "parse_layers", "parse_t
 #: Terms that stand for what is not a bias of the base model.
 HEAD, WEIGHTS = "head", "weights"
 
+#: Attribute of a model whose head was chosen by name: the names of the head's parameters.
+_CHOSEN_HEAD = "_bitfit_fast_head"
+#: No model has as many layers; a longer range is cut here, before it fills the memory.
+_MANY_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -60,11 +65,12 @@ class Selection:
             if not parameter.requires_grad:
                 continue
             bias = known.get(name)
-            if bias is not None:
+            if name not in base:
+                row = Trained(name, HEAD, None, parameter.numel())
+            elif bias is not None:
                 row = Trained(name, bias.term, bias.layer, parameter.numel(), bias.named)
             else:
-                term = WEIGHTS if name in base else HEAD
-                row = Trained(name, term, None, parameter.numel())
+                row = Trained(name, WEIGHTS, None, parameter.numel())
             trained.append(row)
         return cls(tuple(trained), sizes[True], sizes[False])
 
@@ -121,11 +127,11 @@ class Selection:
         for column in table.columns[1:]:
             column.justify = "right"
 
-        def row(label: str, members: Iterable[Trained], **style: object) -> None:
+        def row(label: str, members: Iterable[Trained], style: str | None = None) -> None:
             members = list(members)
             count = sum(t.count for t in members)
             share = f"{count / max(model, 1):.4%}"
-            table.add_row(label, str(len(members)), f"{count:,}", share, **style)
+            table.add_row(label, str(len(members)), f"{count:,}", share, style=style)
 
         for term in self.counts:
             if term != HEAD:
@@ -147,9 +153,14 @@ class Selection:
         return capture.get().rstrip()
 
 
-def _base_names(model: nn.Module) -> set[str]:
+def _below_head(model: nn.Module) -> set[str]:
+    """Return the names of the base's parameters, as far as the model itself tells them apart."""
     prefix = head_prefix(model) or ""
     return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+
+
+def _base_names(model: nn.Module) -> set[str]:
+    return _below_head(model) - getattr(model, _CHOSEN_HEAD, frozenset())
 
 
 def parse_terms(terms: str | Iterable[str]) -> tuple[str, ...] | None:
@@ -169,13 +180,15 @@ def parse_terms(terms: str | Iterable[str]) -> tuple[str, ...] | None:
     Raises
     ------
     BitFitError
-        If nothing is named.
+        If nothing is named, or something beside `"all"`.
     """
     words = re.split(r"[,+\s]+", terms) if isinstance(terms, str) else list(terms)
     words = [w.strip().lower() for w in words if w.strip()]
     if not words:
         raise BitFitError("no terms given; use 'all' or some of " + listed(PAPER_TERMS))
     if "all" in words:
+        if others := [word for word in words if word != "all"]:
+            raise BitFitError(f"'all' stands for every term, so it goes without {listed(others)}")
         return None
     return tuple(dict.fromkeys(ALIASES.get(word, word) for word in words))
 
@@ -186,26 +199,31 @@ def parse_layers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
     Raises
     ------
     BitFitError
-        If the text is not made of numbers and ranges.
+        If the text is not made of numbers and ranges, or no layer is named.
     """
     if layers is None:
         return None
     if not isinstance(layers, str):
-        return tuple(layers)
+        if not layers:
+            raise BitFitError("no layers given; leave layers out for all of them")
+        return tuple(dict.fromkeys(layers))
     chosen: list[int] = []
     for part in layers.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise BitFitError(f"layers '{layers}' is not a list of numbers and ranges like 0-5,11")
-        chosen.extend(range(first, last + 1))
+        chosen.extend(range(first, min(last, first + _MANY_LAYERS) + 1))
     return tuple(dict.fromkeys(chosen))
 
 
 def _choose(
-    model: nn.Module, terms: tuple[str, ...] | None, layers: tuple[int, ...] | None
+    model: nn.Module,
+    terms: tuple[str, ...] | None,
+    layers: tuple[int, ...] | None,
+    head: set[str],
 ) -> list[Bias]:
-    found = list(biases(model))
+    found = [bias for bias in biases(model) if bias.name not in head]
     who = type(model).__name__
     has = list(dict.fromkeys(bias.term for bias in found))
     has.sort(key=lambda t: PAPER_TERMS.index(t) if t in PAPER_TERMS else len(PAPER_TERMS))
@@ -225,8 +243,7 @@ def _choose(
     there = sorted({bias.layer for bias in found if bias.layer is not None})
     for layer in layers or ():
         if layer not in there:
-            valid = f"layers {there[0]}-{there[-1]}" if there else "no numbered layers"
-            raise BitFitError(f"layer {layer} is out of range: {who} has {valid}")
+            raise BitFitError(f"layer {layer} is out of range: {who} has {_in_words(there)}")
 
     def wanted(bias: Bias) -> bool:
         if terms is not None and bias.term not in terms:
@@ -242,11 +259,21 @@ def _choose(
     return chosen
 
 
+def _in_words(layers: Sequence[int]) -> str:
+    if not layers:
+        return "no numbered layers"
+    first, last = layers[0], layers[-1]
+    if len(layers) == last - first + 1:
+        return f"layers {first}-{last}"
+    return f"biases in the layers {listed(layers)}"
+
+
 def _head_names(model: nn.Module, head: bool | Sequence[str]) -> set[str]:
     if head is False:
         return set()
     names = [name for name, _ in model.named_parameters()]
     if head is not True:
+        head = [head] if isinstance(head, str) else head
         for prefix in head:
             if not any(name.startswith(prefix) for name in names):
                 raise BitFitError(f"no parameter of {type(model).__name__} begins with '{prefix}'")
@@ -256,10 +283,14 @@ def _head_names(model: nn.Module, head: bool | Sequence[str]) -> set[str]:
             f"{type(model).__name__} does not say which part is its head; "
             "name it, as in head=['classifier'], or pass head=False"
         )
-    return set(names) - _base_names(model)
+    return set(names) - _below_head(model)
 
 
-def _train_only(model: nn.Module, names: set[str]) -> Selection:
+def _train_only(
+    model: nn.Module, names: set[str], chosen_head: frozenset[str] = frozenset()
+) -> Selection:
+    # later looks at the model, as by `save`, need to know what only the caller could tell
+    setattr(model, _CHOSEN_HEAD, chosen_head)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return Selection.of(model)
@@ -279,7 +310,8 @@ def select(
     Parameters
     ----------
     model : nn.Module
-        Changed in place: only `requires_grad` flags are touched.
+        Changed in place: only `requires_grad` flags are touched, and which parameters
+        `head` names is kept in an attribute.
     terms : str or iterable of str
         `"all"`, or the kinds of bias to train, by the paper's names or symbols:
         `query`, `key`, `value`, `attention-output` (m1), `attention-layernorm` (LN1),
@@ -302,14 +334,18 @@ def select(
     BitFitError
         For a term or layer that the model does not have.
     """
-    chosen = _choose(model, parse_terms(terms), parse_layers(layers))
-    return _train_only(model, {bias.name for bias in chosen} | _head_names(model, head))
+    head_names = _head_names(model, head)
+    chosen = _choose(model, parse_terms(terms), parse_layers(layers), head_names)
+    names = {bias.name for bias in chosen} | head_names
+    return _train_only(
+        model, names, frozenset() if isinstance(head, bool) else frozenset(head_names)
+    )
 
 
 def _select_full(model: nn.Module, terms: str, layers: str | None, head: bool) -> Selection:
     _refuse_choice("full", terms, layers)
     names = {name for name, _ in model.named_parameters()}
-    return _train_only(model, names if head else names & _base_names(model))
+    return _train_only(model, names if head else names & _below_head(model))
 
 
 def _select_frozen(model: nn.Module, terms: str, layers: str | None, head: bool) -> Selection:

