@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from bitfit_fast.data.glue import GLUE
 from bitfit_fast.files import write_json
 from bitfit_fast.models.loading import DEFAULT_MODEL
 from bitfit_fast.selection import METHODS
+from bitfit_fast.training.settings import MIN_STEPS
 
 TASKS = ("rte", "mrpc", "cola", "stsb")
 LEARNING_RATES = {
@@ -37,9 +39,12 @@ LEARNING_RATES = {
     "frozen": (1e-3, 1e-2),
 }
 NAMES = {"bitfit": "BitFit", "full": "full fine-tuning", "frozen": "frozen (head only)"}
+BATCH_SIZE = 16
 #: Steps of a run that only compares learning rates.
 SEARCH_STEPS = 200
 HELD_BACK = 0.1
+#: Passes over the training set in a final run, of no fewer than `MIN_STEPS` steps.
+EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def run(job: Job, model: str, data_dir: Path, output: Path, precision: str) -> d
         data = hold_back(data)
         # that they are short is meant
         warnings.simplefilter("ignore", bitfit_fast.BitFitWarning)
+    assert data.train is not None
+    final_steps = max(MIN_STEPS, math.ceil(EPOCHS * len(data.train) / BATCH_SIZE))
     network = bitfit_fast.load_model(model, data.labels, job.seed)
     METHODS[job.method].select(network, "all", None, True)
     settings = bitfit_fast.Settings(
@@ -93,7 +100,8 @@ def run(job: Job, model: str, data_dir: Path, output: Path, precision: str) -> d
         seed=job.seed,
         precision=precision,
         backend="reference",
-        max_steps=SEARCH_STEPS if job.search else None,
+        max_steps=SEARCH_STEPS if job.search else final_steps,
+        batch_size=BATCH_SIZE,
         eval_every=1_000_000,
     )
     tokenizer = bitfit_fast.load_tokenizer(model)
