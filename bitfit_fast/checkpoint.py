@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .errors import BitFitError, listed
-from .models.loading import SEED, load_model, load_tokenizer
+from .models.loading import SEED, align_weights, load_model, load_tokenizer
 from .selection import HEAD, Selection
 from .tensorfile import align, digest, read_tensors, write_tensors
 
@@ -272,6 +272,7 @@ def load(
         {name: parameters[name].detach().clone() for name in tensors},
         (config.id2label, config.label2id) if labels else None,
     )
+    align_weights(model)
     _put(model, tensors)
     if labels:
         config.id2label = dict(enumerate(labels))

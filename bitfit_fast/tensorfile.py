@@ -17,11 +17,11 @@ from torch import Tensor
 from .errors import BitFitError, listed
 from .files import replace_file, to_json
 
-__all__ = ["align", "digest", "read_tensors", "write_tensors"]
+__all__ = ["ALIGNMENT", "align", "digest", "read_tensors", "write_tensors"]
 
 _KEY = "bitfit_fast"
 #: Bytes to which PyTorch aligns the memory of a tensor that it makes itself.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 #: What some tools add to the files of PyTorch's that they touch.
 _FORMAT = {"format": "pt"}
 
@@ -89,14 +89,14 @@ def align(path: Path) -> None:
             spans = {name: entry["data_offsets"] for name, entry in header.items()}
             # no gaps are allowed, so the sizes that would put the next one off come last
             order = sorted(
-                spans, key=lambda n: (-math.gcd(spans[n][1] - spans[n][0], _ALIGNMENT), n)
+                spans, key=lambda n: (-math.gcd(spans[n][1] - spans[n][0], ALIGNMENT), n)
             )
             end = 0
             for name in order:
                 start, end = end, end + spans[name][1] - spans[name][0]
                 header[name]["data_offsets"] = [start, end]
             text = json.dumps({"__metadata__": metadata, **header}).encode()
-            text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+            text += b" " * (-(8 + len(text)) % ALIGNMENT)
             target.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 first, last = spans[name]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import bitfit_fast
 from bitfit_fast import demo
-from bitfit_fast.models.loading import DEFAULT_MODEL
+from bitfit_fast.models.loading import DEFAULT_MODEL, locate
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
@@ -61,6 +62,11 @@ def test_the_default_model_is_a_real_bert_that_saves_and_loads(tmp_path):
     assert header.base == DEFAULT_MODEL
     with torch.no_grad():
         assert torch.equal(fresh(**batch).logits, logits)
+    # the same bits in a model whose weights are still mapped from the file
+    mapped = AutoModelForSequenceClassification.from_pretrained(locate(DEFAULT_MODEL)).eval()
+    bitfit_fast.load(mapped, tmp_path / "demo.safetensors")
+    with torch.no_grad():
+        assert torch.equal(mapped(**batch).logits, logits)
 
 
 def test_learning_rates_are_searched_on_a_part_of_the_training_set_only(glue_table):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import BitFitError, BitFitWarning, listed
+from ..tensorfile import ALIGNMENT
 from .families import head_prefix
 
-__all__ = ["DEFAULT_MODEL", "SEED", "load_config", "load_model", "load_tokenizer", "locate"]
+__all__ = ["DEFAULT_MODEL", "SEED", "align_weights", "load_model", "load_tokenizer", "locate"]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -70,13 +72,6 @@ def _load(what: str, name: str, load: Any, **options: Any) -> Any:
         raise BitFitError(f"the weights of {name} are broken: {error}") from error
 
 
-def load_config(name: str) -> Any:
-    """Load a model's configuration."""
-    from transformers import AutoConfig
-
-    return _load("configuration", name, AutoConfig.from_pretrained)
-
-
 def load_tokenizer(name: str) -> Any:
     """Load a model's tokenizer."""
     from transformers import AutoTokenizer
@@ -90,6 +85,19 @@ def load_tokenizer(name: str) -> Any:
             f"the folder {name} holds no tokenizer: it has no {listed(sorted(files))}"
         )
     return tokenizer
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move weights that are mapped from a file to memory where PyTorch would put them.
+
+    In a map of the file a weight begins where it does in the file, and on that depend the
+    last bits of a matrix product on a CPU: equal models would not give equal outputs.
+    """
+    for parameter in model.parameters():
+        data = parameter.data
+        whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
+        if data.device.type == "cpu" and whole and data.data_ptr() % ALIGNMENT:
+            parameter.data = data.clone()
 
 
 def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
@@ -149,10 +157,7 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
     finally:
         reports.setLevel(level)
     _check_base(model, name, report)
-    # the weights are a map of the file, so where they begin in memory, on which the last bits
-    # of a matrix product depend, is as odd as in the file; copies begin at aligned places
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    align_weights(model)
     model.config.name_or_path = name
     setattr(model, SEED, seed)
     return model

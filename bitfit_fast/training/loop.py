@@ -22,6 +22,7 @@ from ..data.batches import Features, tokenize, training_batches
 from ..data.task import TaskData
 from ..errors import BitFitError, listed
 from ..files import write_json
+from ..models.loading import align_weights
 from ..plots import learning_curves
 from ..selection import HEAD, Selection
 from .backends import choose_backend
@@ -160,6 +161,7 @@ class _Run:
     def fit(self, resume: bool) -> dict[str, Any]:
         """Train to the end and return the summary."""
         torch.manual_seed(self.settings.seed)
+        align_weights(self.model)
         self.model.to(self.device)
         self.backend.patch(self.model, self.selection)
         self.model.train()
