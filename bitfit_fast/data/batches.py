@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from .task import Split
 
@@ -36,8 +34,6 @@ def tokenize(split: Split, tokenizer: Any, max_length: int) -> Features:
     list of dict
         One an example: the tokenizer's keys, and `labels` where the split has them.
     """
-    # the threads of the tokenizer are done before anything forks
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     encoded = tokenizer(*map(list, zip(*split.texts)), truncation=True, max_length=max_length)
     keys = list(encoded.keys())
     features = [{key: encoded[key][i] for key in keys} for i in range(len(split))]
@@ -54,7 +50,7 @@ def pad(tokenizer: Any) -> Collate:
     return DataCollatorWithPadding(tokenizer)
 
 
-class EpochBatches(Sampler[list[int]]):
+class EpochBatches:
     """Endless batches of example indices, a fresh permutation an epoch.
 
     The order depends on `seed` and the epoch's number alone, so a resumed run, and every

@@ -59,7 +59,6 @@ class StepClock:
     """
 
     def __init__(self) -> None:
-        self.all: list[float] = []
         self.restart()
 
     def restart(self) -> None:
@@ -72,7 +71,6 @@ class StepClock:
         """Note that `steps` steps over `examples` examples have ended now."""
         now = time.perf_counter()
         self.window.append((now - self.start) / steps)
-        self.all.append(self.window[-1])
         self.seconds += now - self.start
         self.examples += examples
         self.start = now

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from bitfit_fast.kernels import _reduce, column_sum
+from bitfit_fast.kernels import _reduce, activation, column_sum
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 #: (rows, columns) of the shapes whose configurations are compiled.
@@ -43,6 +43,41 @@ def variants():
                 constants = {"stride_yn": 1, "HAS_OFFSETS": segmented, **config}
                 name = f"column_sum {dtype} {columns} segmented={segmented}"
                 yield name, column_sum._column_sum_kernel, signature, aligned, constants, warps
+    config = activation.activation_config(8192, 3072, 132)
+    config.pop("P")
+    warps = config.pop("num_warps")
+    for dtype, pointer in POINTERS.items():
+        # the dtype changes loads and stores, the activation what is between them
+        for act in activation.ACTIVATIONS if dtype == "bf16" else ("gelu",):
+            for few_bits in (False, True):
+                options = {"ACT": act, "HAS_BIAS": not few_bits, "FEW_BITS": few_bits}
+                constants = {**activation._quantisation(act), **options, **config}
+                kept = "*u8" if few_bits else pointer
+                tail = f"{dtype} {act} few_bits={few_bits}"
+                strides = {"stride_xm": "i32", "stride_xn": "constexpr"}
+                yield (
+                    f"activation_fwd {tail}",
+                    activation._activation_fwd_kernel,
+                    {
+                        "x_ptr": pointer, "b_ptr": "*fp32", "h_ptr": pointer, "d_ptr": "*u8",
+                        "M": "i32", "N": "i32", **strides,
+                    },
+                    ("x_ptr", "b_ptr", "h_ptr", "d_ptr", "N", "stride_xm"),
+                    {"stride_xn": 1, **constants},
+                    warps,
+                )  # fmt: skip
+                yield (
+                    f"activation_bwd {tail}",
+                    activation._activation_bwd_kernel,
+                    {
+                        "x_ptr": kept, "b_ptr": "*fp32", "dh_ptr": pointer, "dz_ptr": pointer,
+                        "partial_ptr": "*fp32", "M": "i32", "N": "i32", "P": "i32", **strides,
+                        "stride_hm": "i32", "stride_hn": "constexpr",
+                    },
+                    ("x_ptr", "b_ptr", "dh_ptr", "dz_ptr", "N", "stride_xm", "stride_hm"),
+                    {"stride_xn": 1, "stride_hn": 1, **constants},
+                    warps,
+                )  # fmt: skip
     constants = {"BLOCK_P": _reduce._BLOCK_P, "BLOCK_N": _reduce._BLOCK_N}
     signature = {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "N": "i32"}
     yield "add_partial_rows", _reduce._add_partial_rows_kernel, signature, (), constants, 4
