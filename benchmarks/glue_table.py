@@ -3,8 +3,8 @@
     python benchmarks/glue_table.py --data-dir FOLDER
 
 For each task and method the learning rate is the one with the lowest loss, after a short run,
-on a tenth of the training set that is held back; the validation set is looked at once a run, at the last step. Finished runs are
-kept, so that a killed table goes on where it was.
+on a tenth of the training set that is held back; the validation set is looked at once a run,
+at the last step. Finished runs are kept, so that a killed table goes on where it was.
 """
 
 from __future__ import annotations
