@@ -56,13 +56,13 @@ def _column_sum_kernel(
     steps = tl.cdiv(end - first, P * BLOCK_M).to(tl.int32)
     # row offsets are 64 bits wide: M * N may pass 2^31
     rows = first + share * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    at = dy_ptr + rows[:, None] * stride_ym + cols.to(tl.int64)[None, :] * stride_yn
+    wide = cols.to(tl.int64)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(0, steps):
         inside = (rows < end)[:, None] & in_row[None, :]
-        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_ym + wide * stride_yn, mask=inside, other=0.0)
+        acc += dy.to(tl.float32)
         rows += P * BLOCK_M
-        at += (P * BLOCK_M).to(tl.int64) * stride_ym
     row = (segment.to(tl.int64) * P + share) * N
     tl.store(partial_ptr + row + cols, tl.sum(acc, axis=0), mask=in_row)
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from bitfit_fast.kernels import _reduce, activation, column_sum
+from bitfit_fast.kernels import _reduce, activation, column_sum, layer_norm
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 #: (rows, columns) of the shapes whose configurations are compiled.
@@ -78,6 +78,42 @@ def variants():
                     {"stride_xn": 1, "stride_hn": 1, **constants},
                     warps,
                 )  # fmt: skip
+    for columns, dtype in ((768, "fp32"), (768, "bf16"), (4096, "bf16")):
+        config = layer_norm.layer_norm_config(8192, columns, 132)
+        config.pop("P")
+        warps = config.pop("num_warps")
+        pointer = POINTERS[dtype]
+        vectors = dict.fromkeys(("b_ptr", "gamma_ptr", "beta_ptr", "rstd_ptr"), "*fp32")
+        sizes = {"M": "i32", "N": "i32", "p": "fp32", "seed_ptr": "*i64"}
+        for dropout in (False, True):
+            forward = {
+                **dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "xhat_ptr"), pointer),
+                **vectors, **sizes, "eps": "fp32", "stride_xm": "i32", "stride_rm": "i32",
+            }  # fmt: skip
+            options = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "HAS_BETA": True}
+            yield (
+                f"layer_norm_fwd {dtype} {columns} dropout={dropout}",
+                layer_norm._layer_norm_fwd_kernel,
+                forward,
+                tuple(n for n in forward if n.endswith("_ptr") or n in ("N", "stride_xm")),
+                {"stride_xn": 1, "stride_rn": 1, "HAS_DROPOUT": dropout, **options, **config},
+                warps,
+            )
+            for dgamma in (False, True):
+                backward = {
+                    **dict.fromkeys(("dy_ptr", "xhat_ptr", "ds_ptr", "dx_ptr"), pointer),
+                    "rstd_ptr": "*fp32", "gamma_ptr": "*fp32", "partial_ptr": "*fp32", **sizes,
+                    "P": "i32", "stride_ym": "i32",
+                }  # fmt: skip
+                options = {"HAS_DROPOUT": dropout, "NEEDS_DB": True, "NEEDS_DGAMMA": dgamma}
+                yield (
+                    f"layer_norm_bwd {dtype} {columns} dropout={dropout} dgamma={dgamma}",
+                    layer_norm._layer_norm_bwd_kernel,
+                    backward,
+                    tuple(n for n in backward if n.endswith("_ptr") or n in ("N", "stride_ym")),
+                    {"stride_yn": 1, **options, **config},
+                    warps,
+                )
     constants = {"BLOCK_P": _reduce._BLOCK_P, "BLOCK_N": _reduce._BLOCK_N}
     signature = {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "N": "i32"}
     yield "add_partial_rows", _reduce._add_partial_rows_kernel, signature, (), constants, 4
@@ -85,7 +121,8 @@ def variants():
 
 def compiled(kernel, signature, aligned, constants, warps, capability):
     """Return registers, spilled bytes and shared memory of one kernel."""
-    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    given = {**signature, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: given[name] for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
@@ -106,10 +143,25 @@ def compiled(kernel, signature, aligned, constants, warps, capability):
     }
 
 
+def with_ones():
+    """Yield the variants, and one of each kernel with every size equal to 1.
+
+    A launch makes constants of integers that are 1, and constants are not tensors.
+    """
+    seen = set()
+    for name, kernel, signature, aligned, constants, warps in variants():
+        yield name, kernel, signature, aligned, constants, warps
+        if kernel.__name__ not in seen:
+            seen.add(kernel.__name__)
+            ones = {n: 1 for n in ("M", "N", "P", "stride_xm", "stride_ym") if n in signature}
+            left = tuple(n for n in aligned if n not in ones)
+            yield f"{name} with ones", kernel, signature, left, {**constants, **ones}, warps
+
+
 def main():
     """Compile for the architectures named on the command line."""
     for capability in map(int, sys.argv[1:]):
-        for name, *what in variants():
+        for name, *what in with_ones():
             print(json.dumps({"name": name, "sm": capability, **compiled(*what, capability)}))
 
 

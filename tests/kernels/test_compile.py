@@ -24,7 +24,7 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(capabilit
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 47
+    assert len(rows) == 71
     for row in rows:
         assert row["spilled"] == 0, row
         assert row["shared"] <= SHARED[capability], row

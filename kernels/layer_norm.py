@@ -1,0 +1,325 @@
+"""Bias, dropout, residual and LayerNorm in one pass, and all their gradients from one read.
+
+    s = residual + dropout(x + b)                                        forward
+    y = xhat * gamma + beta,   xhat = (s - mean(s)) * rstd
+    c = dy * gamma                                                       backward
+    ds = rstd * (c - mean(c) - xhat * mean(c * xhat))
+    dx = ds * keep / (1 - p)
+    dbeta = sum_m dy,   db = sum_m dx,   dgamma = sum_m dy * xhat
+
+`x` is `[M, N]`, the preceding linear's output before its bias; bias, dropout and residual may
+each be absent. Means run over the N columns of a row (Ba et al. 2016). `ds` is the gradient of
+the residual, `dx` that of the linear's output: the same tensor without dropout. fp32, fp16 or
+bf16 in and out, fp32 inside and for `dbeta`, `db`, `dgamma`; N is at most 4096.
+
+The forward pass reads `x` and the residual and writes `y` and `xhat`, `4 M N` elements, and
+`rstd`, M numbers; `xhat` and `rstd` are all that is kept. The backward pass reads `dy` and
+`xhat` and writes `ds`, with dropout also `dx`.
+
+Dropout keeps no mask: element (m, n) is kept where the n-th number of the Philox stream with
+key `seed + m` is at least p, in both passes. The seed lies in device memory, so that a captured
+graph can draw a new one at each replay.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import cdiv, device_guard, next_power_of_2, processors
+from ._reduce import add_partial_rows
+
+__all__ = ["MAX_COLUMNS", "layer_norm_bwd", "layer_norm_config", "layer_norm_fwd"]
+
+#: A row is held in registers, and wider ones would spill.
+MAX_COLUMNS = 4096
+#: Elements of a tile: 8 a thread of each tensor, one 16-byte load in bf16.
+_TILE = 2048
+#: Programs for each multiprocessor of the backward pass; each writes partial rows.
+_PROGRAMS_PER_PROCESSOR = 2
+
+
+@triton.jit
+def _kept(seed_ptr, rows, cols, p):
+    # one key a row, so that no counter passes 2^32 however many rows there are
+    key = tl.load(seed_ptr) + rows
+    return tl.rand(key[:, None], cols[None, :]) >= p
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # [M, N]
+    b_ptr,  # [N]
+    residual_ptr,  # [M, N]
+    gamma_ptr,  # [N]
+    beta_ptr,  # [N]
+    seed_ptr,  # [1], int64
+    y_ptr,  # [M, N], contiguous
+    xhat_ptr,  # [M, N], contiguous
+    rstd_ptr,  # [M], fp32
+    M,
+    N,
+    stride_xm,
+    stride_xn,
+    stride_rm,
+    stride_rn,
+    p,
+    eps,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    in_row = cols < N
+    inside = (rows < M)[:, None] & in_row[None, :]
+    wide = cols.to(tl.int64)[None, :]
+    s = tl.load(x_ptr + rows[:, None] * stride_xm + wide * stride_xn, mask=inside, other=0.0)
+    s = s.to(tl.float32)
+    if HAS_BIAS:
+        s += tl.load(b_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if HAS_DROPOUT:
+        s = tl.where(_kept(seed_ptr, rows, cols, p), s / (1 - p), 0.0)
+    if HAS_RESIDUAL:
+        at = residual_ptr + rows[:, None] * stride_rm + wide * stride_rn
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    s = tl.where(inside, s, 0.0)
+    mean = tl.sum(s, axis=1) / N
+    centred = tl.where(inside, s - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
+    xhat = centred * rstd[:, None]
+    y = xhat * tl.load(gamma_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if HAS_BETA:
+        y += tl.load(beta_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    to = rows[:, None] * N + wide
+    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(xhat_ptr + to, xhat.to(xhat_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,  # [M, N]
+    xhat_ptr,  # [M, N], contiguous
+    rstd_ptr,  # [M], fp32
+    gamma_ptr,  # [N]
+    seed_ptr,  # [1], int64
+    ds_ptr,  # [M, N], contiguous
+    dx_ptr,  # [M, N], contiguous
+    partial_ptr,  # [3, P, N], fp32: dbeta, db, dgamma
+    M,
+    N,
+    P,
+    stride_ym,
+    stride_yn,
+    p,
+    HAS_DROPOUT: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    NEEDS_DGAMMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    share = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)
+    in_row = cols < N
+    wide = cols.to(tl.int64)[None, :]
+    gamma = tl.load(gamma_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    dbeta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if NEEDS_DB:
+        db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if NEEDS_DGAMMA:
+        dgamma = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # row offsets are 64 bits wide: M * N may pass 2^31
+    rows = share * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    for _ in range(0, tl.cdiv(M, P * BLOCK_M)):
+        inside = (rows < M)[:, None] & in_row[None, :]
+        at = rows[:, None] * N + wide
+        dy = tl.load(dy_ptr + rows[:, None] * stride_ym + wide * stride_yn, mask=inside, other=0.0)
+        dy = dy.to(tl.float32)
+        xhat = tl.load(xhat_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        c = dy * gamma
+        along = (tl.sum(c * xhat, axis=1) / N)[:, None]
+        mean = (tl.sum(c, axis=1) / N)[:, None]
+        ds = tl.where(inside, (c - mean - xhat * along) * rstd, 0.0)
+        tl.store(ds_ptr + at, ds.to(ds_ptr.dtype.element_ty), mask=inside)
+        dbeta += dy
+        if HAS_DROPOUT:
+            ds = tl.where(_kept(seed_ptr, rows, cols, p), ds / (1 - p), 0.0)
+            tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=inside)
+        if NEEDS_DB:
+            db += ds
+        if NEEDS_DGAMMA:
+            dgamma += dy * xhat
+        rows += P * BLOCK_M
+    to = partial_ptr + share * N + cols
+    tl.store(to, tl.sum(dbeta, axis=0), mask=in_row)
+    if NEEDS_DB:
+        tl.store(to + P * N, tl.sum(db, axis=0), mask=in_row)
+    if NEEDS_DGAMMA:
+        tl.store(to + 2 * P * N, tl.sum(dgamma, axis=0), mask=in_row)
+
+
+def layer_norm_config(rows: int, columns: int, processors: int) -> dict[str, int]:
+    """Return the launch configuration of both passes: tile sizes, warps, and partial rows P.
+
+    Parameters
+    ----------
+    rows, columns : int
+        Shape of the problem.
+    processors : int
+        Multiprocessors of the device.
+
+    Raises
+    ------
+    ValueError
+        If there are more columns than `MAX_COLUMNS`.
+    """
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"{columns} columns are more than the {MAX_COLUMNS} that a row may have")
+    block_n = max(16, next_power_of_2(columns))
+    block_m = max(1, min(16, _TILE // block_n))
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": max(1, min(32, block_m * block_n // 256)),
+        "P": max(1, min(_PROGRAMS_PER_PROCESSOR * processors, cdiv(rows, block_m))),
+    }
+
+
+def layer_norm_fwd(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None = None,
+    b: Tensor | None = None,
+    residual: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float = 1e-12,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add bias and residual, drop out, and normalise.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[M, N]`, fp32, fp16 or bf16, any strides.
+    gamma, beta, b : Tensor
+        `[N]`, contiguous, of any of these dtypes; `beta` and `b` may be None.
+    residual : Tensor, optional
+        `[M, N]`, any strides.
+    p : float
+        Probability of dropping an element of `x + b`, below 1.
+    seed : Tensor, optional
+        `[1]` int64 on the device; needed with `p > 0`.
+    eps : float
+        Added to the variance.
+
+    Returns
+    -------
+    y, xhat, rstd : Tensor
+        `[M, N]` and `[M, N]` in the dtype of `x`; `[M]` fp32.
+    """
+    rows, columns = x.shape
+    y, xhat = (torch.empty(rows, columns, dtype=x.dtype, device=x.device) for _ in range(2))
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return y, xhat, rstd
+    config = layer_norm_config(rows, columns, processors(x))
+    config.pop("P")
+    with device_guard(x):
+        _layer_norm_fwd_kernel[(cdiv(rows, config["BLOCK_M"]),)](
+            x,
+            x if b is None else b,
+            x if residual is None else residual,
+            gamma,
+            gamma if beta is None else beta,
+            rstd if seed is None else seed,
+            y,
+            xhat,
+            rstd,
+            rows,
+            columns,
+            *x.stride(),
+            *(x if residual is None else residual).stride(),
+            p,
+            eps,
+            HAS_BIAS=b is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_DROPOUT=p > 0,
+            HAS_BETA=beta is not None,
+            **config,
+        )
+    return y, xhat, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    needs_db: bool = True,
+    needs_dgamma: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return every gradient of `layer_norm_fwd`.
+
+    Parameters
+    ----------
+    dy : Tensor
+        `[M, N]`, gradient of `y`; only read, any strides.
+    xhat, rstd : Tensor
+        What the forward pass returned.
+    gamma, p, seed
+        As in the forward pass.
+    needs_db, needs_dgamma : bool
+        Whether to sum up these two.
+
+    Returns
+    -------
+    ds, dx, dbeta, db, dgamma : Tensor
+        `[M, N]` in the dtype of `dy`, the same tensor without dropout; `[N]` fp32, or None
+        where not needed. The same inputs give the same bits.
+    """
+    rows, columns = dy.shape
+    ds = torch.empty(rows, columns, dtype=dy.dtype, device=dy.device)
+    dx = torch.empty_like(ds) if p > 0 else ds
+    config = layer_norm_config(rows, columns, processors(dy))
+    partial_rows = config.pop("P")
+    sums = 3 if needs_dgamma else 2 if needs_db else 1
+    partial = torch.zeros if needs_dgamma and not needs_db else torch.empty
+    partial = partial(sums, partial_rows, columns, dtype=torch.float32, device=dy.device)
+    if partial.numel():
+        with device_guard(dy):
+            _layer_norm_bwd_kernel[(partial_rows,)](
+                dy,
+                xhat,
+                rstd,
+                gamma,
+                rstd if seed is None else seed,
+                ds,
+                dx,
+                partial,
+                rows,
+                columns,
+                partial_rows,
+                *dy.stride(),
+                p,
+                HAS_DROPOUT=p > 0,
+                NEEDS_DB=needs_db,
+                NEEDS_DGAMMA=needs_dgamma,
+                **config,
+            )
+    added = add_partial_rows(partial)
+    return (
+        ds,
+        dx,
+        added[0],
+        added[1] if needs_db else None,
+        added[2] if needs_dgamma else None,
+    )
