@@ -77,11 +77,10 @@ def hold_back(data: bitfit_fast.TaskData) -> bitfit_fast.TaskData:
 
 
 def run(job: Job, model: str, data_dir: Path, output: Path, precision: str) -> dict[str, Any]:
-    """Do one run, or return what it left before."""
-    folder = output / job.name
-    if (folder / "summary.json").exists():
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    """Do one run, or return what the same run left before."""
     import transformers
+
+    folder = output / job.name
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -104,6 +103,11 @@ def run(job: Job, model: str, data_dir: Path, output: Path, precision: str) -> d
         batch_size=BATCH_SIZE,
         eval_every=1_000_000,
     )
+    if (folder / "summary.json").exists():
+        before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        same = {"model": model, **{k: getattr(settings, k) for k in ("max_steps", "precision")}}
+        if all(before[key] == value for key, value in same.items()):
+            return before
     tokenizer = bitfit_fast.load_tokenizer(model)
     return bitfit_fast.train(network, tokenizer, data, settings, folder, overwrite=True)
 

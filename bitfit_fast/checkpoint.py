@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .errors import BitFitError, listed
-from .models.loading import SEED, align_weights, load_model, load_tokenizer
-from .selection import HEAD, Selection
+from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
+from .selection import HEAD, Selection, head_names
 from .tensorfile import align, digest, read_tensors, write_tensors
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "open_model",
     "read",
     "save",
+    "stored",
     "unload",
     "versions",
 ]
@@ -46,7 +47,7 @@ class Header:
     base : str
         Hub name or folder of the pretrained model.
     fingerprint : str
-        SHA-256 of the base's weights that did not train.
+        SHA-256 of the base's weights that the file does not hold.
     model_class : str
         Class of the model that trained.
     method : str
@@ -63,8 +64,6 @@ class Header:
         What else the training run knew: the task's name, its columns, the token limit.
     versions : dict of str to str
         Of the software that wrote the file.
-    seed : int
-        Seed of what the base does not hold and the model began with, such as a new head.
     """
 
     base: str
@@ -77,7 +76,6 @@ class Header:
     labels: list[str] | None
     task: dict[str, Any]
     versions: dict[str, str]
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,20 +107,28 @@ def versions() -> dict[str, str]:
     }
 
 
-def fingerprint(model: nn.Module, trained: set[str] | tuple[str, ...]) -> str:
-    """Return the SHA-256 of everything in the model's state but the parameters `trained`.
+def stored(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that a checkpoint of the model holds.
 
-    A weight with several names (tied) counts as trained under each of them.
+    They are those that train, and those that train or not and are not in the base model's
+    files: the head, and what else began at random.
     """
-    return _fingerprint(model, trained, {})
+    wanted = head_names(model) | getattr(model, NEW, frozenset())
+    return tuple(n for n, p in model.named_parameters() if p.requires_grad or n in wanted)
 
 
-def _fingerprint(
-    model: nn.Module, trained: set[str] | tuple[str, ...], instead: Mapping[str, Tensor]
-) -> str:
+def fingerprint(model: nn.Module, stored: Iterable[str]) -> str:
+    """Return the SHA-256 of everything in the model's state but the parameters `stored`.
+
+    A weight with several names (tied) counts as stored under each of them.
+    """
+    return _fingerprint(model, stored, {})
+
+
+def _fingerprint(model: nn.Module, stored: Iterable[str], instead: Mapping[str, Tensor]) -> str:
     """Return the fingerprint that the model would have with the parameters `instead`."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    left_out = {id(parameters[name]) for name in trained if name in parameters}
+    left_out = {id(parameters[name]) for name in stored if name in parameters}
     values = {id(parameters[name]): tensor for name, tensor in instead.items()}
     state = model.state_dict(keep_vars=True)
     return digest((n, values.get(id(t), t)) for n, t in state.items() if id(t) not in left_out)
@@ -145,7 +151,7 @@ def save(
     task: dict[str, Any] | None = None,
     base_fingerprint: str | None = None,
 ) -> None:
-    """Write the trained parameters, those with `requires_grad`, to one safetensors file.
+    """Write the trained parameters, those with `requires_grad`, and the head to one file.
 
     The file is written beside and renamed: a kill at any moment leaves a previous one whole.
 
@@ -158,7 +164,7 @@ def save(
     task : dict, optional
         Anything JSON can hold that a reader should know of the task.
     base_fingerprint : str, optional
-        `fingerprint(model, trained names)` where the caller has it already.
+        `fingerprint(model, stored(model))` where the caller has it already.
 
     Raises
     ------
@@ -171,7 +177,7 @@ def save(
     config = getattr(model, "config", None)
     header = Header(
         base=getattr(config, "name_or_path", "") or "",
-        fingerprint=base_fingerprint or fingerprint(model, selection.names),
+        fingerprint=base_fingerprint or fingerprint(model, stored(model)),
         model_class=type(model).__name__,
         method=selection.method,
         terms=list(selection.terms),
@@ -180,10 +186,9 @@ def save(
         labels=_labels(model),
         task=task or {},
         versions=versions(),
-        seed=getattr(model, SEED, 0),
     )
     parameters = dict(model.named_parameters())
-    tensors = {name: parameters[name] for name in selection.names}
+    tensors = {name: parameters[name] for name in stored(model)}
     write_tensors(Path(path), {"kind": _KIND, **asdict(header)}, tensors)
 
 
@@ -259,9 +264,10 @@ def load(
         found = _fingerprint(model, set(tensors), _loaded_over(model))
         if found != header.fingerprint:
             name = getattr(getattr(model, "config", None), "name_or_path", "")
+            same = " (its files changed, or part of it began at random)" * (name == header.base)
             raise BitFitError(
                 f"{made_for} with fingerprint {header.fingerprint[:12]}, and this model is "
-                f"'{name}' with fingerprint {found[:12]}; loading onto another base needs "
+                f"'{name}' with fingerprint {found[:12]}{same}; loading onto another base needs "
                 "any_base (--any-base)"
             )
     if hasattr(model, _BACKUP):
@@ -337,9 +343,11 @@ def open_model(
     name = base or header.base
     if not name:
         raise BitFitError(f"{checkpoint.path} does not say its base model; name it (--base)")
-    model = load_model(name, header.labels, header.seed)
+    model = load_model(name, header.labels)
     load(model, checkpoint, any_base=any_base)
-    return model.eval(), load_tokenizer(name), checkpoint
+    tokenizer = load_tokenizer(name)
+    ensure_padding(model, tokenizer)
+    return model.eval(), tokenizer, checkpoint
 
 
 def merge(

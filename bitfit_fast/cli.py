@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -19,9 +19,9 @@ from .data.load import TASKS, load_task
 from .errors import BitFitError, BitFitWarning, listed
 from .files import write_json
 from .inference import bias_changes, evaluate_checkpoint, predict_checkpoint, task_of
-from .models.loading import DEFAULT_MODEL, load_model, load_tokenizer
-from .plots import change_heatmap
-from .selection import METHODS, Selection
+from .models.loading import DEFAULT_MODEL, describe_model, load_model, load_tokenizer
+from .plots import change_heatmap, check_picture
+from .selection import METHODS
 from .training.loop import train as run_training
 from .training.run_folder import RunFolder
 from .training.settings import MIN_STEPS, Settings
@@ -61,10 +61,22 @@ DataDir = Annotated[
 OneFile = Annotated[
     Location, typer.Option("--file", help="CSV, TSV, JSON-lines or Parquet file instead.")
 ]
+TextColumn = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Column of the text in files; twice for pairs.", rich_help_panel=DATA),
+]
+LabelColumn = Annotated[
+    Text, typer.Option(help="Column of the label in files; default label.", rich_help_panel=DATA)
+]
 TaskName = Annotated[Text, typer.Option("--task", help="Task; by default the one trained on.")]
 Precision = Annotated[str, typer.Option(help="fp32, or bf16 for autocast.", rich_help_panel=SPEED)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=SPEED)]
 MaxLength = Annotated[Number, typer.Option(help="Tokens an example; by default as trained.")]
+
+
+def _say(text: str, where: Console = console) -> None:
+    """Print a line as it is: paths may hold what rich takes for markup."""
+    where.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -105,13 +117,8 @@ def train(
     test_file: Annotated[
         Location, typer.Option(help="Predicted at the end, into the folder.", rich_help_panel=DATA)
     ] = None,
-    text_column: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Column of the text; twice for pairs.", rich_help_panel=DATA),
-    ] = None,
-    label_column: Annotated[
-        str, typer.Option(help="Column of the label.", rich_help_panel=DATA)
-    ] = "label",
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     method: Annotated[
         str, typer.Option(help=", ".join(f"{n}: {m.summary}" for n, m in METHODS.items()) + ".")
     ] = "bitfit",
@@ -211,7 +218,7 @@ def train(
         train_file=train_file,
         validation_file=validation_file,
         test_file=test_file,
-        text_columns=text_column or ["text"],
+        text_columns=text_column,
         label_column=label_column,
         kinds=("train", "validation", "test") if task is None else ("train", "validation"),
     )
@@ -227,25 +234,23 @@ def train(
             resume=resume, overwrite=overwrite, console=console,
         )  # fmt: skip
     except KeyboardInterrupt:
-        errors.print(f"stopped; the same command with --resume goes on from {output}")
+        _say(f"stopped; the same command with --resume goes on from {output}", errors)
         raise typer.Exit(130) from None
     best = summary["best"]
     judged = [split for split in best if split.startswith("validation")] or ["train"]
     for split in judged:
         scores = ", ".join(f"{name} {best[split][name]:.4f}" for name in data.metrics)
-        console.print(f"best {split} (step {best['step']}): {scores}", highlight=False)
-    console.print(
+        _say(f"best {split} (step {best['step']}): {scores}")
+    _say(
         f"{summary['steps']} steps, {summary['step_ms']:.0f} ms each; "
-        f"{summary['file_bytes'] / 1e3:.0f} kB in {output / 'model.safetensors'}",
-        highlight=False,
-        soft_wrap=True,
+        f"{summary['file_bytes'] / 1e3:.0f} kB in {output / 'model.safetensors'}"
     )
     if "test" in data.splits:
         best_model, tokenizer, checkpoint = open_model(output, model)
         for path in predict_checkpoint(
             best_model, tokenizer, checkpoint, data, output, precision=precision, device=device
         ):
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            _say(f"wrote {path}")
 
 
 @app.command(epilog="Example: bitfit-fast evaluate runs/rte-bitfit-0 --data-dir glue")
@@ -254,6 +259,8 @@ def evaluate(
     task: TaskName = None,
     data_dir: DataDir = None,
     file: OneFile = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     base: Base = None,
     any_base: AnyBase = False,
@@ -264,13 +271,13 @@ def evaluate(
 ) -> None:
     """Measure a trained file on a split with labels."""
     _quiet()
-    data = task_of(read(trained), split, task, data_dir, file)
+    data = task_of(read(trained), split, task, data_dir, file, text_column, label_column)
     model, tokenizer, checkpoint = open_model(trained, base, any_base)
     scores = evaluate_checkpoint(
         model, tokenizer, checkpoint, data, split,
         max_length=max_length, precision=precision, device=device,
     )  # fmt: skip
-    table = Table("split", *next(iter(scores.values())), title=f"{data.name}, {trained}")
+    table = Table("split", *next(iter(scores.values())), title=escape(f"{data.name}, {trained}"))
     for name, row in scores.items():
         table.add_row(name, *(f"{value:.4f}" for value in row.values()))
     console.print(table)
@@ -285,6 +292,7 @@ def predict(
     task: TaskName = None,
     data_dir: DataDir = None,
     file: OneFile = None,
+    text_column: TextColumn = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     base: Base = None,
     any_base: AnyBase = False,
@@ -294,13 +302,13 @@ def predict(
 ) -> None:
     """Write predictions as TSV files; for a GLUE task, those that its server takes."""
     _quiet()
-    data = task_of(read(trained), split, task, data_dir, file)
+    data = task_of(read(trained), split, task, data_dir, file, text_column, labelled=False)
     model, tokenizer, checkpoint = open_model(trained, base, any_base)
     for path in predict_checkpoint(
         model, tokenizer, checkpoint, data, output, split,
         max_length=max_length, precision=precision, device=device,
     ):  # fmt: skip
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        _say(f"wrote {path}")
 
 
 @app.command(epilog="Example: bitfit-fast inspect runs/rte --output change.png")
@@ -322,14 +330,14 @@ def inspect(
     if (trained is None) == (model is None):
         raise BitFitError("give either a trained file or --model")
     if model is not None:
-        loaded = load_model(model, ["0", "1"])
-        METHODS["bitfit"].select(loaded, "all", None, True)
-        console.print(Selection.of(loaded).table())
+        console.print(METHODS["bitfit"].select(describe_model(model), "all", None, True).table())
         return
     assert trained is not None
     checkpoint = read(trained)
+    picture = output or checkpoint.path.with_name("bias_change.png")
+    check_picture(picture)
     header = checkpoint.header
-    table = Table("", title=str(checkpoint.path), show_header=False)
+    table = Table("", title=escape(str(checkpoint.path)), show_header=False)
     table.add_column()
     rows: dict[str, Any] = {
         "base": header.base,
@@ -348,7 +356,7 @@ def inspect(
     for key, value in rows.items():
         table.add_row(key, escape(str(value)))
     console.print(table)
-    before = load_model(base or header.base, header.labels, header.seed)
+    before = load_model(base or header.base, header.labels)
     changes = bias_changes(before, checkpoint)
     load(before, checkpoint, any_base=any_base)  # refuses another base
     if not changes:
@@ -363,10 +371,9 @@ def inspect(
         mean = sum(of_term.values()) / len(of_term)
         moved.add_row(term, f"{mean:.3e}", "-" if largest is None else str(largest))
     console.print(moved)
-    picture = output or checkpoint.path.with_name("bias_change.png")
     name = header.task.get("name", checkpoint.path.name)
     change_heatmap(changes, picture, f"Mean absolute change of the biases, {name}")
-    console.print(f"wrote {picture}", highlight=False, soft_wrap=True)
+    _say(f"wrote {picture}")
 
 
 @app.command(epilog="Example: bitfit-fast merge runs/rte merged-rte")
@@ -379,7 +386,7 @@ def merge(
     """Write an ordinary Hugging Face model folder, which needs this package no more."""
     _quiet()
     merge_checkpoint(trained, output, base, any_base)
-    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    _say(f"wrote {output}")
 
 
 def _show_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
@@ -392,14 +399,20 @@ def _show_warning(message: Any, category: type[Warning], *args: Any, **kwargs: A
 _python_showwarning = warnings.showwarning
 
 
+def _fail(message: str) -> NoReturn:
+    errors.print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     warnings.showwarning = _show_warning
     try:
         app(prog_name="bitfit-fast")
     except BitFitError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from .errors import BitFitError, listed
 from .files import write_text
 from .models.families import biases
 from .training.evaluate import evaluate, predict
-from .training.loop import choose_device
+from .training.loop import check_length, choose_device
+from .training.settings import Settings
 
 __all__ = ["bias_changes", "evaluate_checkpoint", "predict_checkpoint", "task_of"]
 
@@ -32,8 +34,26 @@ def task_of(
     task: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     file: str | os.PathLike[str] | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    labelled: bool = True,
 ) -> TaskData:
     """Load a split for a checkpoint: by default of the task that it was trained on.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        From `read`.
+    split : str
+        `train`, `validation` or `test`.
+    task, data_dir
+        Another task, and the folder of a GLUE task: see `load_task`.
+    file : str or PathLike, optional
+        Examples of this split in a file, instead of a task.
+    text_columns, label_column
+        Columns of that file; by default those of the training run.
+    labelled : bool
+        Whether to read the labels of that file.
 
     Raises
     ------
@@ -43,14 +63,19 @@ def task_of(
     header = checkpoint.header
     info = header.task
     if file is not None:
+        if task is not None:
+            raise BitFitError(f"give a task ('{task}') or a file, not both")
+        column = label_column or info.get("label_column", "label")
         data = load_files(
             {split: Path(file)},
-            info.get("text_columns", ("text",)),
-            info.get("label_column", "label"),
+            text_columns or info.get("text_columns", ("text",)),
+            column if labelled else None,
             labels=header.labels,
             regression=header.labels is None,
         )
     else:
+        if text_columns or label_column:
+            raise BitFitError("text and label columns are of a file, and none is given")
         name = task or info.get("name")
         if name is None or (task is None and "text_columns" in info):
             raise BitFitError(
@@ -73,10 +98,21 @@ def _splits(data: TaskData, kind: str) -> list[Split]:
     return [s for name, s in data.splits.items() if name.split("_")[0] == kind]
 
 
-def _features(
-    checkpoint: Checkpoint, tokenizer: Any, split: Split, max_length: int | None
-) -> list[dict[str, Any]]:
-    return tokenize(split, tokenizer, max_length or checkpoint.header.task.get("max_length", 128))
+def _prepare(
+    model: nn.Module,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    max_length: int | None,
+    precision: str,
+    device: str,
+) -> Settings:
+    """Check the settings and move the model to its device."""
+    if max_length is None:
+        max_length = checkpoint.header.task.get("max_length", Settings.max_length)
+    settings = Settings(max_length=max_length, precision=precision, device=device)
+    check_length(settings.max_length, model, tokenizer)
+    model.to(choose_device(device))
+    return settings
 
 
 def evaluate_checkpoint(
@@ -97,13 +133,13 @@ def evaluate_checkpoint(
     BitFitError
         If a split has no labels.
     """
-    model.to(choose_device(device))
+    settings = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
     metrics = checkpoint.header.task.get("metrics") or data.metrics
     scores = {}
     for part in _splits(data, split):
         if part.labels is None:
             raise BitFitError(f"the split {part.name} of {data.name} has no labels to compare with")
-        features = _features(checkpoint, tokenizer, part, max_length)
+        features = tokenize(part, tokenizer, settings.max_length)
         scores[part.name] = evaluate(model, features, pad(tokenizer), metrics, precision)
     return scores
 
@@ -140,11 +176,12 @@ def predict_checkpoint(
     list of Path
         The files: two for MNLI, else one.
     """
-    model.to(choose_device(device))
+    settings = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
     paths = []
     for part in _splits(data, split):
         # labels play no part here, and some files only pretend to have them
-        features = _features(checkpoint, tokenizer, Split(part.name, part.texts, None), max_length)
+        unlabelled = Split(part.name, part.texts, None)
+        features = tokenize(unlabelled, tokenizer, settings.max_length)
         logits, _ = predict(model, features, pad(tokenizer), precision=precision)
         lines = [f"{i}\t{text}" for i, text in enumerate(_written(data, logits))]
         path = Path(output) / f"{_submission_name(data.name, part.name)}.tsv"

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import BitFitError, listed
 from .files import replace_file
 
-__all__ = ["change_heatmap", "learning_curves"]
+__all__ = ["change_heatmap", "check_picture", "learning_curves"]
 
 _OUTSIDE = "outside"
+_PICTURES = (".png", ".svg")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> Any:
@@ -23,7 +25,14 @@ def _figure(width: float, height: float, columns: int = 1) -> Any:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a file name that does not end in a known kind of picture."""
+    if path.suffix.lower() not in _PICTURES:
+        raise BitFitError(f"{path} is no name for a picture; it must end in {listed(_PICTURES)}")
+
+
 def _write(figure: Any, path: Path) -> None:
+    check_picture(path)
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 

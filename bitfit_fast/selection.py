@@ -14,7 +14,16 @@ from torch import nn
 from .errors import BitFitError, listed
 from .models.families import ALIASES, PAPER_TERMS, Bias, biases, head_prefix
 
-__all__ = ["METHODS", "Method", "Selection", "Trained", "parse_layers", "parse_terms", "select"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Selection",
+    "Trained",
+    "head_names",
+    "parse_layers",
+    "parse_terms",
+    "select",
+]
 
 #: Terms that stand for what is not a bias of the base model.
 HEAD, WEIGHTS = "head", "weights"
@@ -161,6 +170,11 @@ def _below_head(model: nn.Module) -> set[str]:
 
 def _base_names(model: nn.Module) -> set[str]:
     return _below_head(model) - getattr(model, _CHOSEN_HEAD, frozenset())
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Return the names of the head's parameters, whether they train or not."""
+    return {name for name, _ in model.named_parameters()} - _base_names(model)
 
 
 def parse_terms(terms: str | Iterable[str]) -> tuple[str, ...] | None:

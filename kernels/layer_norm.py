@@ -292,8 +292,9 @@ def layer_norm_bwd(
     config = layer_norm_config(rows, columns, processors(dy))
     partial_rows = config.pop("P")
     sums = 3 if needs_dgamma else 2 if needs_db else 1
-    partial = torch.zeros if needs_dgamma and not needs_db else torch.empty
-    partial = partial(sums, partial_rows, columns, dtype=torch.float32, device=dy.device)
+    # the row of db is there, and unwritten, where only dgamma is needed
+    allocate = torch.zeros if needs_dgamma and not needs_db else torch.empty
+    partial = allocate(sums, partial_rows, columns, dtype=torch.float32, device=dy.device)
     if partial.numel():
         with device_guard(dy):
             _layer_norm_bwd_kernel[(partial_rows,)](

@@ -361,6 +361,87 @@ def test_image_models_select_but_cannot_be_trained_on_text(run, files, bert_fold
     refused(run(*arguments), "vit")
 
 
+def test_settings_of_evaluate_and_predict_are_checked(run, trained, rte_folder, tmp_path):
+    evaluate = ("evaluate", trained, "--data-dir", rte_folder)
+    refused(run(*evaluate, "--precision", "fp64"), "fp64", "fp32, bf16")
+    refused(run(*evaluate, "--max-length", "0"), "max-length", "0")
+    refused(run(*evaluate, "--max-length", "5000"), "5000", "128")
+    refused(run(*evaluate, "--split", "dev"), "dev", "train, validation, test")
+    refused(run(*evaluate, "--task", "rte", "--file", "x.csv"), "not both")
+    refused(run(*evaluate, "--text-column", "text"), "of a file")
+    refused(run("predict", trained, "--file", tmp_path / "no.csv", "-o", tmp_path), "no.csv")
+
+
+def test_a_pair_model_takes_files_with_columns_of_any_name_and_without_labels(
+    run, trained, tmp_path
+):
+    path = tmp_path / "new.jsonl"
+    path.write_text(
+        "".join(json.dumps({"one": a, "two": b, "label": 9}) + "\n" for a, b, _ in ROWS)
+    )
+    columns = ("--text-column", "one", "--text-column", "two")
+    assert run("predict", trained, "--file", path, *columns, "-o", tmp_path)[0] == 0
+    lines = (tmp_path / "files-test.tsv").read_text().splitlines()
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+
+
+def test_columns_of_a_task_are_its_own(run, bert_folder, rte_folder, tmp_path):
+    arguments = quick(bert_folder, tmp_path / "out", "--task", "rte", "--data-dir", rte_folder)
+    refused(run(*arguments, "--label-column", "y"), "rte", "columns")
+
+
+def test_places_that_cannot_be_written_are_one_sentence(run, trained, files, bert_folder, tmp_path):
+    taken = files / "train.csv"
+    arguments = ("--train-file", taken)
+    refused(run(*quick(bert_folder, taken / "x", *arguments)), taken, "cannot be an output folder")
+    refused(run("merge", trained, taken / "x"), taken)
+    refused(run("inspect", trained, "--output", taken / "x.png"), taken)
+    refused(run("inspect", trained, "--output", tmp_path / "change"), "change", ".png, .svg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_may_look_like_markup(run, files, bert_folder, tmp_path):
+    output = tmp_path / "a[/b]c[red]"
+    code, out, _ = run(*quick(bert_folder, output, "--train-file", files / "train.csv"))
+    assert code == 0 and str(output) in out.replace("\n", "")
+    assert run("inspect", output)[0] == 0
+
+
+def test_inspect_shows_models_of_other_fields(run, tmp_path):
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    code, out, _ = run("inspect", "--model", tmp_path / "vit")
+    assert code == 0 and "patch-embedding" in out and "final-layernorm" in out
+
+
+def test_a_model_without_a_padding_token_pads_with_its_end_token(run, files, tmp_path, bert_folder):
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(bert_folder)
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    run_folder = tmp_path / "run"
+    arguments = quick(tmp_path / "gpt2", run_folder, "--train-file", files / "train.csv")
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "named by module type only" in out
+    assert run("evaluate", run_folder, "--file", files / "validation.csv")[0] == 0
+
+
+def test_a_base_that_is_only_a_pickle_is_refused(run, files, bert_folder, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(bert_folder, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    result = run(*quick(folder, tmp_path / "out", "--train-file", files / "train.csv"))
+    refused(result, folder, "safetensors")
+
+
 def test_the_module_runs_as_a_program_and_fails_with_2():
     command = [sys.executable, "-m", "bitfit_fast.cli", "train", "--task", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

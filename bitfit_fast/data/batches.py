@@ -10,10 +10,20 @@ from torch import Tensor
 
 from .task import Split
 
-__all__ = ["Collate", "EpochBatches", "evaluation_batches", "pad", "tokenize", "training_batches"]
+__all__ = [
+    "Batch",
+    "Collate",
+    "EpochBatches",
+    "Features",
+    "evaluation_batches",
+    "move",
+    "pad",
+    "tokenize",
+    "training_batches",
+]
 
 Features = list[dict[str, Any]]
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Collate = Callable[[Features], Batch]
 
 
@@ -84,10 +94,18 @@ class EpochBatches:
 
 def training_batches(
     features: Features, collate: Collate, batch_size: int, seed: int, start: int = 0
-) -> Iterator[Batch]:
-    """Yield training batches without end, from batch number `start` on."""
+) -> Iterator[tuple[int, Batch]]:
+    """Yield training batches without end, from number `start` on, with their examples' count."""
     for indices in EpochBatches(len(features), batch_size, seed, start):
-        yield collate([features[i] for i in indices])
+        yield len(indices), collate([features[i] for i in indices])
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on `device`; what else it holds stays as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def evaluation_batches(

@@ -128,7 +128,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def load_files(
     files: dict[str, Path],
     text_columns: Sequence[str],
-    label_column: str,
+    label_column: str | None,
     labels: Sequence[str] | None = None,
     regression: bool | None = None,
     name: str = "files",
@@ -141,8 +141,8 @@ def load_files(
         Split name -> CSV, TSV, JSON-lines or Parquet file.
     text_columns : sequence of str
         One column, or two for sentence pairs.
-    label_column : str
-        Column of the labels; a test file may lack it.
+    label_column : str or None
+        Column of the labels; a test file may lack it. None reads no labels.
     labels : sequence of str, optional
         The classes in index order; by default those of the training file, sorted.
     regression : bool, optional
@@ -186,12 +186,12 @@ def load_files(
         values = None if found is None else tuple(read(text, labels, w) for w, text in found)
         splits[split] = Split(split, tuple(texts), values)
     metrics = ("pearson", "spearman") if regression else ("accuracy", "mcc")
-    columns = (tuple(text_columns), label_column)
+    columns = (tuple(text_columns), label_column or "")
     return TaskData(name, None if regression else tuple(labels or ()), metrics, splits, columns)
 
 
 def _read(
-    path: Path, text_columns: Sequence[str], label_column: str, split: str
+    path: Path, text_columns: Sequence[str], label_column: str | None, split: str
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, str]] | None]:
     if not path.is_file():
         raise BitFitError(f"the {split} file {path} is missing")
@@ -203,7 +203,9 @@ def _read(
     texts: list[tuple[str, ...]] = []
     labels: list[tuple[str, str]] = []
     for where, row in reader(path):
-        example = tuple(_cell(row, column, where) for column in text_columns)
+        texts.append(tuple(_cell(row, column, where) for column in text_columns))
+        if label_column is None:
+            continue
         # a CSV file has no other way to leave a label out
         unlabelled = row.get(label_column) in (None, "")
         if unlabelled and (labels or not split.startswith("test")):
@@ -211,12 +213,11 @@ def _read(
                 f"{where}: no label in column '{label_column}'; its columns are {listed(row)}"
             )
         if not unlabelled:
-            if len(labels) < len(texts):
+            if len(labels) < len(texts) - 1:
                 raise BitFitError(
                     f"{where}: a label in column '{label_column}', and none in the rows above"
                 )
             labels.append((where, _cell(row, label_column, where)))
-        texts.append(example)
     if not texts:
         raise BitFitError(f"the {split} file {path} has no examples")
     return texts, labels or None

@@ -45,8 +45,8 @@ def load_task(
     train_file: PathLike | None = None,
     validation_file: PathLike | None = None,
     test_file: PathLike | None = None,
-    text_columns: Sequence[str] = ("text",),
-    label_column: str = "label",
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
     labels: Sequence[str] | None = None,
     regression: bool | None = None,
     kinds: Sequence[str] = ("train", "validation"),
@@ -63,7 +63,7 @@ def load_task(
     train_file, validation_file, test_file : str or PathLike, optional
         Instead of `task`: CSV, TSV, JSON-lines or Parquet files.
     text_columns, label_column : sequence of str, str
-        Columns of those files; two text columns make a pair.
+        Columns of those files, by default `text` and `label`; two text columns make a pair.
     labels, regression
         Of those files: see `bitfit_fast.data.files.load_files`.
     kinds : sequence of str
@@ -85,7 +85,11 @@ def load_task(
             raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
         if data_dir is not None:
             raise BitFitError(f"files take no data folder, got {data_dir}")
-        return load_files(files, text_columns, label_column, labels, regression)
+        return load_files(
+            files, text_columns or ("text",), label_column or "label", labels, regression
+        )
+    if text_columns or label_column:
+        raise BitFitError(f"text and label columns are of files; the task '{task}' has its own")
     name = task_name(task)
     if name == _REVIEWS:
         if data_dir is not None:

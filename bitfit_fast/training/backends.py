@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ class Step(Protocol):
     ----------
     steps : int
         Steps done so far.
+    no_gradient : frozenset of str
+        Selected parameters whose gradient is known to be zero and is not computed.
     """
 
     steps: int
+    no_gradient: frozenset[str]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Train on one batch and return the detached loss."""
@@ -41,14 +45,24 @@ class Backend(Protocol):
 
     name: str
 
-    def refusal(self, model: nn.Module, selection: Selection) -> str | None:
-        """Return why the model or selection cannot be trained this way, or None."""
+    def refusal(self, model: nn.Module, selection: Selection, plan: Plan) -> str | None:
+        """Return why this model, selection or plan cannot be trained this way, or None.
 
-    def patch(self, model: nn.Module, selection: Selection) -> None:
-        """Make the model fast, in place, with the same parameters and outputs."""
+        Asked before the model moves to `plan.device`.
+        """
 
-    def collate(self, tokenizer: Any) -> Collate:
-        """Return how batches are formed from examples."""
+    def patch(self, model: nn.Module, selection: Selection) -> Callable[[], None]:
+        """Make the model fast, in place, with the same parameters and outputs.
+
+        Returns what undoes it, which is called however training ends.
+        """
+
+    def collate(self, tokenizer: Any, plan: Plan) -> Collate:
+        """Return how batches are formed from any number of examples.
+
+        Which examples a batch has is not the backend's choice, so that results of backends
+        can be compared.
+        """
 
     def step(self, model: nn.Module, plan: Plan) -> Step:
         """Return the optimiser step."""
@@ -58,7 +72,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
 
 
-def choose_backend(name: str, model: nn.Module, selection: Selection) -> Backend:
+def choose_backend(name: str, model: nn.Module, selection: Selection, plan: Plan) -> Backend:
     """Return the backend `name`, or for `auto` the first that takes the model.
 
     Raises
@@ -67,10 +81,10 @@ def choose_backend(name: str, model: nn.Module, selection: Selection) -> Backend
         For an unknown name, or a backend that refuses the model; says why.
     """
     if name == "auto":
-        return next(b for b in BACKENDS.values() if b.refusal(model, selection) is None)
+        return next(b for b in BACKENDS.values() if b.refusal(model, selection, plan) is None)
     if name not in BACKENDS:
         raise BitFitError(f"unknown backend '{name}'; valid ones are auto, {listed(BACKENDS)}")
-    refusal = BACKENDS[name].refusal(model, selection)
+    refusal = BACKENDS[name].refusal(model, selection, plan)
     if refusal is not None:
         raise BitFitError(f"backend '{name}' cannot train this model: {refusal}")
     return BACKENDS[name]

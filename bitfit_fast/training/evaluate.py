@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Collate, Features, evaluation_batches
+from ..data.batches import Collate, Features, evaluation_batches, move
 
 __all__ = ["evaluate", "predict"]
 
@@ -50,7 +50,7 @@ def predict(
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
             for indices, batch in evaluation_batches(features, collate, batch_size):
-                output = model(**{key: value.to(device) for key, value in batch.items()})
+                output = model(**move(batch, device))
                 for i, row in zip(indices, output.logits.float().cpu()):
                     logits[i] = row
                 if labelled:

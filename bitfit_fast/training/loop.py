@@ -6,6 +6,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +18,12 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
-from ..checkpoint import fingerprint, save, versions
-from ..data.batches import Features, tokenize, training_batches
+from ..checkpoint import fingerprint, save, stored, versions
+from ..data.batches import move, tokenize, training_batches
 from ..data.task import TaskData
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, BitFitWarning, listed
 from ..files import write_json
-from ..models.loading import align_weights
+from ..models.loading import align_weights, ensure_padding
 from ..plots import learning_curves
 from ..selection import HEAD, Selection
 from .backends import choose_backend
@@ -31,10 +32,10 @@ from .measure import StepClock, device_name, peak_memory, reset_peak_memory
 from .run_folder import Progress, RunFolder
 from .settings import Plan, Settings
 
-__all__ = ["check_gradients", "choose_device", "token_limit", "train"]
+__all__ = ["check_gradients", "check_length", "check_outputs", "choose_device", "train"]
 
-#: Steps between reads of the loss on a GPU: reading waits for the device.
-_GPU_LOG_EVERY = 10
+#: Steps between reads of the loss: reading waits for a GPU.
+_LOG_EVERY = {"cpu": 1, "cuda": 10}
 #: Training examples that an evaluation looks at where no validation set sets the number.
 _TRAIN_SAMPLE = 1000
 
@@ -59,15 +60,54 @@ def check_gradients(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def token_limit(model: nn.Module, tokenizer: Any) -> int:
-    """Return how many tokens an example may have for the model and its tokenizer."""
+def check_length(max_length: int, model: nn.Module, tokenizer: Any) -> None:
+    """Check that the model and its tokenizer can take examples of `max_length` tokens.
+
+    Raises
+    ------
+    BitFitError
+        With the number that they can take.
+    """
     limits = [tokenizer.model_max_length]
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its kin count positions from behind the padding index
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - unused)
-    return min(limits)
+    if max_length > min(limits):
+        raise BitFitError(f"max-length {max_length} is more than the {min(limits)} of the model")
+
+
+def check_outputs(model: nn.Module, data: TaskData) -> None:
+    """Check that the model has an output for each label of the task, and fp32 parameters.
+
+    Raises
+    ------
+    BitFitError
+        With the numbers of outputs, or the name of a parameter of another dtype.
+    """
+    needed = 1 if data.labels is None else len(data.labels)
+    found = getattr(model.config, "num_labels", needed)
+    if found != needed:
+        raise BitFitError(
+            f"the model has {found} outputs and the task {data.name} needs {needed}; "
+            f"load it with num_labels={needed}"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise BitFitError(
+                f"{name} is {parameter.dtype}, and what trains must be torch.float32; "
+                "load the model with dtype=torch.float32"
+            )
+
+
+def _name_outputs(model: nn.Module, data: TaskData) -> None:
+    """Write the task's labels into the model's configuration, for checkpoints and pipelines."""
+    config: Any = model.config
+    config.problem_type = "regression" if data.regression else "single_label_classification"
+    if data.labels is not None:
+        config.id2label = dict(enumerate(data.labels))
+        config.label2id = {label: i for i, label in enumerate(data.labels)}
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,17 +126,18 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise BitFitError(f"unknown device '{name}'; valid ones are auto, cpu, cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BitFitError(f"device '{name}' is asked for, and PyTorch sees no CUDA device")
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise BitFitError(f"device '{name}' is asked for, and PyTorch sees {there} of them")
     return device
 
 
-def _subset(features: Features, count: int, seed: int) -> Features:
-    """Return `count` examples by seed; a smaller count gives a subset of a larger one's."""
-    if count >= len(features):
-        return features
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [features[i] for i in order[:count]]
+def _subset(examples: int, count: int, seed: int) -> list[int]:
+    """Return `count` of the indices by seed; a smaller count gives a subset of a larger one's."""
+    if count >= examples:
+        return list(range(examples))
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    return order[:count].tolist()
 
 
 class _Run:
@@ -118,31 +159,32 @@ class _Run:
             raise BitFitError("nothing trains: no parameter of the model has requires_grad")
         if data.train is None or data.train.labels is None:
             raise BitFitError(f"the task {data.name} has no training split with labels")
-        limit = token_limit(model, tokenizer)
-        if settings.max_length > limit:
+        check_outputs(model, data)
+        check_length(settings.max_length, model, tokenizer)
+        ensure_padding(model, tokenizer)
+        validation = {n: s for n, s in data.splits.items() if n.startswith("validation")}
+        if settings.patience is not None and not validation:
             raise BitFitError(
-                f"max-length {settings.max_length} is more than the {limit} of the model"
+                f"patience {settings.patience} needs a validation set, and {data.name} has none"
             )
-        self.backend = choose_backend(settings.backend, model, self.selection)
         self.device = choose_device(settings.device)
         examples = max(1, round(settings.train_fraction * len(data.train)))
-        self.plan = Plan.of(settings, self.selection.method, examples)
-        self.base = fingerprint(model, self.selection.names)
+        self.plan = Plan.of(settings, self.selection.method, examples, self.device)
+        self.backend = choose_backend(settings.backend, model, self.selection, self.plan)
+        self.base = fingerprint(model, stored(model))
 
-        tokens = {
-            name: tokenize(split, tokenizer, settings.max_length)
-            for name, split in data.splits.items()
-            if split.labels is not None
-        }
-        self.features = _subset(tokens["train"], examples, settings.seed)
-        validation = {n: f for n, f in tokens.items() if n.startswith("validation")}
+        train = data.train.take(_subset(len(data.train), examples, settings.seed))
+        self.features = tokenize(train, tokenizer, settings.max_length)
         # as many training examples as validation examples are evaluated, so that the
         # generalisation gap costs no more than the validation itself
         sample = min(map(len, validation.values()), default=_TRAIN_SAMPLE)
-        self.evaluated = {"train": _subset(self.features, sample, settings.seed + 1), **validation}
+        chosen = _subset(examples, sample, settings.seed + 1)
+        self.evaluated = {"train": [self.features[i] for i in chosen]}
+        for name, split in validation.items():
+            self.evaluated[name] = tokenize(split, tokenizer, settings.max_length)
         self.judge = next(iter(validation), None)
 
-        self.collate = self.backend.collate(tokenizer)
+        self.collate = self.backend.collate(tokenizer, self.plan)
         self.progress = Progress()
         self.clock = StepClock()
 
@@ -155,22 +197,31 @@ class _Run:
             "terms": list(self.selection.terms),
             "layers": list(self.selection.layers),
             "head": HEAD in self.selection.counts,
+            "data": self.data.digest(),
             **asdict(self.settings),
+            "backend": self.backend.name,
+            "device": self.device.type,
         }
 
     def fit(self, resume: bool) -> dict[str, Any]:
         """Train to the end and return the summary."""
         torch.manual_seed(self.settings.seed)
+        _name_outputs(self.model, self.data)
         align_weights(self.model)
         self.model.to(self.device)
-        self.backend.patch(self.model, self.selection)
-        self.model.train()
+        undo = self.backend.patch(self.model, self.selection)
+        try:
+            self.model.train()
+            return self._fit(resume)
+        finally:
+            undo()
+            self.model.eval()
+
+    def _fit(self, resume: bool) -> dict[str, Any]:
         self.step = self.backend.step(self.model, self.plan)
         if self.folder and resume and self.folder.state.exists():
-            optimizer, self.progress = self.folder.load_state(self.model, self.base)
+            optimizer, self.progress = self.folder.load_state(self.model, self.base, self.device)
             self.step.restore(optimizer, self.progress.step)
-        elif self.folder:
-            self.folder.begin(self.described())
         reset_peak_memory(self.device)
         self.started = time.perf_counter() - self.progress.seconds
         with self._bar() as self.bar:
@@ -207,7 +258,6 @@ class _Run:
     def _train_to_next_evaluation(self) -> None:
         every = self.plan.eval_every
         end = min(self.plan.steps, (self.progress.step // every + 1) * every)
-        log_every = _GPU_LOG_EVERY if self.device.type == "cuda" else 1
         batches = training_batches(
             self.features,
             self.collate,
@@ -219,17 +269,17 @@ class _Run:
         examples = 0
         self.clock.restart()
         while self.progress.step < end:
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
-            pending.append(self.step(batch))
-            examples += len(batch["labels"])
+            count, batch = next(batches)
+            pending.append(self.step(move(batch, self.device)))
+            examples += count
             if self.step.steps == 1:
-                check_gradients(self.model, self.selection.names)
+                self._check_gradients()
             self.progress.step += 1
-            if len(pending) == log_every or self.progress.step == end:
+            if len(pending) == _LOG_EVERY[self.device.type] or self.progress.step == end:
                 losses = torch.stack(pending).tolist()  # waits for the device
                 self.clock.lap(len(losses), examples)
-                for back, loss in enumerate(reversed(losses)):
-                    self._check_finite(loss, self.progress.step - back)
+                for step, loss in enumerate(losses, self.progress.step - len(losses) + 1):
+                    self._check_finite(loss, step)
                 self.bar.update(
                     self.bar_task,
                     completed=self.progress.step,
@@ -237,6 +287,17 @@ class _Run:
                     speed=f"{self.clock.examples_per_second:.0f} examples/s",
                 )
                 pending, examples = [], 0
+
+    def _check_gradients(self) -> None:
+        names = set(self.selection.names) - self.step.no_gradient
+        if self.selection.method == "full":
+            # some models hold weights that a task does not use, as XLNet's mask embedding
+            idle = [n for n, p in self.model.named_parameters() if n in names and p.grad is None]
+            if idle:
+                text = f"{len(idle)} parameters get no gradient and stay: {listed(idle, 5)}"
+                warnings.warn(text, BitFitWarning, stacklevel=2)
+            names -= set(idle)
+        check_gradients(self.model, names)
 
     def _check_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):
@@ -283,9 +344,13 @@ class _Run:
         progress.seconds = time.perf_counter() - self.started
         progress.rows += rows
         if self.folder:
+            # an old run goes when the new one has something to show
+            if not self.folder.begun:
+                self.folder.begin(self.described())
             if better:
                 self._save()
-            self.folder.keep(rows, self.model, self.step.state(), progress, self.base)
+            state = self.step.state()
+            self.folder.keep(rows, self.model, state, progress, self.base, self.device)
         shown = by_split[self.judge or "train"]
         self.bar.update(self.bar_task, metric=f"{main} {shown[main]:.3f}")
         if self.console:
@@ -315,7 +380,6 @@ class _Run:
         summary = {
             **self.described(),
             "lr": self.plan.lr,
-            "backend": self.backend.name,
             "device": device_name(self.device),
             "versions": versions(),
             "examples": len(self.features),
@@ -368,7 +432,8 @@ def train(
     ----------
     model : PreTrainedModel
         After `select` (or any other choice of `requires_grad`); trained in place. It ends
-        with the last step's parameters.
+        in evaluation mode, on the device of the settings, with the last step's parameters
+        and the task's labels in its configuration.
     tokenizer : PreTrainedTokenizerBase
         The model's own.
     data : TaskData

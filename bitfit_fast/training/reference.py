@@ -6,6 +6,7 @@ frozen weight gets no gradient, so autograd already leaves out the weight-gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ class ReferenceStep:
         Learning rate, precision and clipping.
     """
 
+    no_gradient: frozenset[str] = frozenset()
+
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.device = next(iter(self.trained.values())).device
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=plan.lr, weight_decay=0.0)
         self.steps = 0
 
@@ -42,7 +44,7 @@ class ReferenceStep:
             group["lr"] = self.plan.lr_at(self.steps)
         self.optimizer.zero_grad()
         bf16 = self.plan.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=bf16):
             loss = self.model(**batch).loss
         loss.backward()
         if self.plan.grad_clip:
@@ -75,14 +77,15 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def refusal(self, model: nn.Module, selection: Selection) -> str | None:
+    def refusal(self, model: nn.Module, selection: Selection, plan: Plan) -> str | None:
         """Return why this backend cannot train the model, or None: it always can."""
         return None
 
-    def patch(self, model: nn.Module, selection: Selection) -> None:
+    def patch(self, model: nn.Module, selection: Selection) -> Callable[[], None]:
         """Leave the model as it is."""
+        return lambda: None
 
-    def collate(self, tokenizer: Any) -> Collate:
+    def collate(self, tokenizer: Any, plan: Plan) -> Collate:
         """Pad each batch to its longest example."""
         return pad(tokenizer)
 

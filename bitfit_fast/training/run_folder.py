@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,24 @@ class RunFolder:
         self.state = path / "state.safetensors"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
+        self.heatmap = path / "bias_change.png"
+        self.begun = False
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that a run may leave."""
         return (
-            self.settings, self.metrics, self.model, self.state, self.summary, self.curves
+            self.settings, self.metrics, self.model, self.state, self.summary, self.curves,
+            self.heatmap,
         )  # fmt: skip
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that holds a run, or none to resume, before anything is changed."""
-        if self.path.exists() and not self.path.is_dir():
-            raise BitFitError(f"the output {self.path} is a file; name a folder")
+        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not above.is_dir():
+            raise BitFitError(f"{above} is a file, so {self.path} cannot be an output folder")
+        if not os.access(above, os.W_OK):
+            raise BitFitError(f"{above} is not writable, so {self.path} cannot be an output folder")
         holds = [file.name for file in self.files if file.exists()]
         if resume and overwrite:
             raise BitFitError("--resume and --overwrite exclude each other")
@@ -71,10 +78,11 @@ class RunFolder:
             )
 
     def begin(self, described: dict[str, Any]) -> None:
-        """Start a new run, described by its settings."""
+        """Start a new run, described by its settings; what an old one left goes."""
         for file in self.files:
             file.unlink(missing_ok=True)
         write_json(self.settings, described)
+        self.begun = True
 
     def check_same(self, described: dict[str, Any]) -> None:
         """Refuse to resume under other settings than those that the run began with."""
@@ -97,6 +105,7 @@ class RunFolder:
         optimizer: dict[str, Tensor],
         progress: Progress,
         base: str,
+        device: torch.device,
     ) -> None:
         """Add an evaluation's rows to the metrics, and save what the run goes on from.
 
@@ -109,12 +118,14 @@ class RunFolder:
         }
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
         tensors[_RNG_CPU] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors[_RNG_CUDA] = torch.cuda.get_rng_state()
+        if device.type == "cuda":
+            tensors[_RNG_CUDA] = torch.cuda.get_rng_state(device)
         header = {"kind": _KIND, "base": base, "progress": asdict(progress)}
         write_tensors(self.state, header, tensors)
 
-    def load_state(self, model: nn.Module, base: str) -> tuple[dict[str, Tensor], Progress]:
+    def load_state(
+        self, model: nn.Module, base: str, device: torch.device
+    ) -> tuple[dict[str, Tensor], Progress]:
         """Put the saved parameters and random state back.
 
         Returns
@@ -136,8 +147,9 @@ class RunFolder:
                 elif kind == "optimizer":
                     optimizer[name] = value
         torch.set_rng_state(tensors[_RNG_CPU])
-        if _RNG_CUDA in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors[_RNG_CUDA])
+        if _RNG_CUDA in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[_RNG_CUDA], device)
+        self.begun = True
         progress = Progress(**header["progress"])
         write_text(self.metrics, "".join(to_json(row) + "\n" for row in progress.rows))
         return optimizer, progress

@@ -6,6 +6,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import BitFitError, BitFitWarning, listed
 from ..selection import METHODS
 
@@ -86,7 +88,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, valid, ranges in (
-            ("lr", lambda v: 0 < v < math.inf, "above 0"),
+            ("lr", lambda v: 0 < v <= 100, "above 0 and at most 100"),
             ("epochs", lambda v: 0 < v < math.inf, "above 0"),
             ("max_steps", lambda v: v >= 1, "at least 1"),
             ("batch_size", lambda v: v >= 1, "at least 1"),
@@ -115,7 +117,9 @@ class Plan:
         In optimiser steps.
     lr : float
         Peak learning rate.
-    schedule, precision, grad_clip
+    device : torch.device
+        Where it trains.
+    schedule, precision, grad_clip, batch_size, max_length
         As in `Settings`.
     """
 
@@ -127,9 +131,14 @@ class Plan:
     schedule: str
     precision: str
     grad_clip: float
+    batch_size: int
+    max_length: int
+    device: torch.device
 
     @classmethod
-    def of(cls, settings: Settings, method: str, examples: int) -> Plan:
+    def of(
+        cls, settings: Settings, method: str, examples: int, device: torch.device | None = None
+    ) -> Plan:
         """Fill in the defaults for `method` and a training set of `examples`.
 
         Warns where the learning rate or the number of steps is one with which BitFit is
@@ -166,6 +175,9 @@ class Plan:
             schedule=settings.schedule,
             precision=settings.precision,
             grad_clip=settings.grad_clip,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            device=device or torch.device("cpu"),
         )
 
     def lr_at(self, step: int) -> float:

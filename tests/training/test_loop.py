@@ -88,29 +88,20 @@ def test_training_learns_what_can_be_learned(bert_folder):
 def test_the_checkpoint_is_the_best_evaluation_and_the_model_the_last(
     bert_folder, tmp_path, monkeypatch
 ):
-    scores = iter([0.2, 0.9, 0.4])
+    scores = iter([0.0, 0.2, 0.0, 0.9, 0.0, 0.4])  # training and validation by turns
 
-    def evaluate(model, features, collate, metrics, precision):
-        value = next(scores) if len(features) == 12 and features is not train_sample else 0.0
+    def evaluate(*arguments):
+        value = next(scores)
         return {"loss": 1.0, "accuracy": value, "mcc": value}
 
-    train_sample = None
-    real_subset = loop._subset
-
-    def subset(features, count, seed):
-        nonlocal train_sample
-        train_sample = real_subset(features, count, seed)
-        return train_sample
-
-    monkeypatch.setattr(loop, "_subset", subset)
     monkeypatch.setattr(loop, "evaluate", evaluate)
     model, tokenizer = fresh(bert_folder)
     states = {}
     keep = loop.RunFolder.keep
 
-    def spy(self, rows, model, optimizer, progress, base):
+    def spy(self, rows, model, optimizer, progress, base, device):
         states[progress.step] = model.classifier.weight.detach().clone()
-        keep(self, rows, model, optimizer, progress, base)
+        keep(self, rows, model, optimizer, progress, base, device)
 
     monkeypatch.setattr(loop.RunFolder, "keep", spy)
     summary = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
@@ -151,13 +142,13 @@ def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(
     broken, tokenizer = fresh(bert_folder, method)
     real = loop.RunFolder.keep
 
-    def killed(self, rows, model, optimizer, progress, base):
+    def killed(self, rows, model, optimizer, progress, base, device):
         if progress.step == 8:  # after the lines are written, before the state is
             for row in rows:
                 with self.metrics.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             raise KeyboardInterrupt
-        real(self, rows, model, optimizer, progress, base)
+        real(self, rows, model, optimizer, progress, base, device)
 
     monkeypatch.setattr(loop.RunFolder, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -268,9 +259,7 @@ def test_a_selected_parameter_without_gradient_stops_the_run(bert_folder, tmp_pa
 
 
 def test_a_train_fraction_uses_nested_subsets(bert_folder):
-    features = [{"input_ids": [i]} for i in range(100)]
-    small = {f["input_ids"][0] for f in loop._subset(features, 10, 3)}
-    large = {f["input_ids"][0] for f in loop._subset(features, 50, 3)}
+    small, large = (set(loop._subset(100, count, 3)) for count in (10, 50))
     assert len(small) == 10 and small < large
     model, tokenizer = fresh(bert_folder)
     settings = Settings(max_steps=2, max_length=16, train_fraction=0.25)
@@ -310,8 +299,114 @@ def test_a_device_that_is_not_there_is_refused(bert_folder):
     with pytest.raises(BitFitError, match="unknown device 'gpu0x'"):
         bitfit_fast.train(*fresh(bert_folder), DATA, Settings(device="gpu0x", max_length=16))
     if not torch.cuda.is_available():
-        with pytest.raises(BitFitError, match="sees no CUDA device"):
+        with pytest.raises(BitFitError, match="PyTorch sees 0 of them"):
             bitfit_fast.train(*fresh(bert_folder), DATA, Settings(device="cuda", max_length=16))
+
+
+def test_the_step_of_a_nan_is_named_where_losses_are_read_in_windows(
+    bert_folder, tmp_path, monkeypatch
+):
+    from bitfit_fast.training.reference import ReferenceStep
+
+    monkeypatch.setitem(loop._LOG_EVERY, "cpu", 10)
+    call = ReferenceStep.__call__
+
+    def nan_from_step_2(self, batch):
+        return call(self, batch) * (float("nan") if self.steps >= 2 else 1.0)
+
+    monkeypatch.setattr(ReferenceStep, "__call__", nan_from_step_2)
+    with pytest.raises(BitFitError, match="loss is nan at step 2,"):
+        bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_old_run_goes_only_when_the_new_one_has_something_to_show(
+    bert_folder, tmp_path, monkeypatch
+):
+    from bitfit_fast.training.reference import ReferenceStep
+
+    bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    monkeypatch.setattr(ReferenceStep, "__call__", lambda self, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(loop._Run, "_check_gradients", lambda self: None)
+    with pytest.raises(BitFitError, match="loss is nan"):
+        bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_model_that_transformers_loaded_gets_the_tasks_labels(bert_folder, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(bert_folder)
+    bitfit_fast.select(model)
+    tokenizer = bitfit_fast.load_tokenizer(str(bert_folder))
+    bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
+    assert not model.training
+    assert bitfit_fast.read(tmp_path / "run").header.labels == ["bad", "good"]
+    opened, _, _ = bitfit_fast.open_model(tmp_path / "run")
+    assert opened.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_a_model_that_does_not_fit_the_task_is_refused(bert_folder):
+    tokenizer = bitfit_fast.load_tokenizer(str(bert_folder))
+
+    def refused(labels, data, dtype=torch.float32):
+        model = bitfit_fast.load_model(str(bert_folder), labels).to(dtype)
+        bitfit_fast.select(model)
+        with pytest.raises(BitFitError) as info:
+            bitfit_fast.train(model, tokenizer, data, SETTINGS)
+        return str(info.value)
+
+    scores = TaskData("scores", None, ("pearson",), {"train": Split("train", *examples(4))})
+    assert "has 3 outputs and the task toy needs 2" in refused(["a", "b", "c"], DATA)
+    assert "has 2 outputs and the task scores needs 1" in refused(["a", "b"], scores)
+    assert "is torch.float16" in refused(["a", "b"], DATA, torch.float16)
+
+
+def test_patience_without_a_validation_set_is_refused(bert_folder):
+    settings = Settings(max_steps=4, max_length=16, patience=1)
+    with pytest.raises(BitFitError, match="patience 1 needs a validation set"):
+        bitfit_fast.train(*fresh(bert_folder), task(train=8), settings)
+
+
+def test_resuming_on_other_data_is_refused(bert_folder, tmp_path):
+    bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run")
+    with pytest.raises(BitFitError, match="its data was"):
+        bitfit_fast.train(
+            *fresh(bert_folder), task(train=41, validation=12), SETTINGS, tmp_path / "run",
+            resume=True,
+        )  # fmt: skip
+
+
+def test_full_fine_tuning_leaves_out_what_the_task_does_not_use_and_says_so(bert_folder):
+    model, tokenizer = fresh(bert_folder, "full")
+    model.register_parameter("idle", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.warns(bitfit_fast.BitFitWarning, match="1 parameters get no gradient .* idle"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS)
+
+
+def test_a_backend_is_asked_patched_and_undone_however_training_ends(bert_folder, monkeypatch):
+    from bitfit_fast.training.reference import ReferenceBackend
+
+    calls = []
+
+    class Spy(ReferenceBackend):
+        name = "spy"
+
+        def refusal(self, model, selection, plan):
+            calls.append(("refusal", plan.device.type, plan.batch_size))
+
+        def patch(self, model, selection):
+            calls.append("patch")
+            return lambda: calls.append("undo")
+
+        def step(self, model, plan):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("bitfit_fast.training.backends.BACKENDS", {"spy": Spy()})
+    with pytest.raises(KeyboardInterrupt):
+        bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS)
+    assert calls == [("refusal", "cpu", 8), "patch", "undo"]
 
 
 KILLED = """

@@ -17,6 +17,7 @@ def plan(**changes) -> Plan:
     values = {
         "steps": 100, "steps_per_epoch": 10, "warmup_steps": 6, "eval_every": 10, "lr": 1e-2,
         "schedule": "linear", "precision": "fp32", "grad_clip": 1.0,
+        "batch_size": 4, "max_length": 16, "device": torch.device("cpu"),
     }  # fmt: skip
     return Plan(**{**values, **changes})
 
@@ -119,7 +120,7 @@ def test_auto_takes_the_first_backend_that_does_not_refuse(model, monkeypatch):
     class Picky:
         name = "picky"
 
-        def refusal(self, model, selection):
+        def refusal(self, model, selection, plan):
             return "it is Tuesday"
 
     selection = bitfit_fast.Selection.of(model)
@@ -127,8 +128,8 @@ def test_auto_takes_the_first_backend_that_does_not_refuse(model, monkeypatch):
     monkeypatch.setattr(
         "bitfit_fast.training.backends.BACKENDS", {"picky": Picky(), **reference}, raising=True
     )
-    assert choose_backend("auto", model, selection).name == "reference"
+    assert choose_backend("auto", model, selection, plan()).name == "reference"
     with pytest.raises(BitFitError, match="'picky' cannot train this model: it is Tuesday"):
-        choose_backend("picky", model, selection)
+        choose_backend("picky", model, selection, plan())
     with pytest.raises(BitFitError, match="unknown backend 'slow'; valid ones are auto, picky"):
-        choose_backend("slow", model, selection)
+        choose_backend("slow", model, selection, plan())
