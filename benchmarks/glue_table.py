@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +29,7 @@ from bitfit_fast.data.glue import GLUE
 from bitfit_fast.files import write_json
 from bitfit_fast.models.loading import DEFAULT_MODEL
 from bitfit_fast.selection import METHODS
+from bitfit_fast.training.measure import commit
 from bitfit_fast.training.settings import MIN_STEPS
 
 TASKS = ("rte", "mrpc", "cola", "stsb")
@@ -152,14 +152,6 @@ def markdown(results: list[dict[str, Any]]) -> str:
         cells.append(str(len({r["seed"] for r in rows})))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def commit() -> str:
-    """Return the commit of the code, marked where files differ from it."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def main() -> None:

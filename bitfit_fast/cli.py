@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -363,13 +364,12 @@ def inspect(
         console.print("no bias of the base model was trained, so there is no change to draw")
         return
     moved = Table("term", "mean |change|", "layer of the largest", title="How far biases moved")
-    for term in sorted(
-        {t for t, _ in changes}, key=lambda t: -max(v for (u, _), v in changes.items() if u == t)
-    ):
-        of_term = {layer: v for (t, layer), v in changes.items() if t == term}
-        largest = max(of_term, key=of_term.__getitem__)
-        mean = sum(of_term.values()) / len(of_term)
-        moved.add_row(term, f"{mean:.3e}", "-" if largest is None else str(largest))
+    terms = dict.fromkeys(term for term, _ in changes)
+    by_layer = {t: {layer: v for (u, layer), v in changes.items() if u == t} for t in terms}
+    means = {term: statistics.fmean(values.values()) for term, values in by_layer.items()}
+    for term in sorted(terms, key=lambda term: -means[term]):
+        largest = max(by_layer[term], key=by_layer[term].__getitem__)
+        moved.add_row(term, f"{means[term]:.3e}", "-" if largest is None else str(largest))
     console.print(moved)
     name = header.task.get("name", checkpoint.path.name)
     change_heatmap(changes, picture, f"Mean absolute change of the biases, {name}")

@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from .files import write_json
 from .models.loading import DEFAULT_MODEL
 from .plots import learning_curves
+from .training.measure import commit
 
 __all__ = ["compare", "main"]
 
@@ -50,11 +53,10 @@ def compare(output: Path, model: str, steps: int) -> dict[str, dict[str, Any]]:
 
 
 def _table(summaries: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=f"The built-in task '{TASK}', at the last step, on unseen words and frames")
-    for column in (
-        "", "trained", "share", "accuracy", "MCC", "time per step", "peak memory", "saved file"
-    ):  # fmt: skip
-        table.add_column(column, justify="right" if column else "left")
+    title = f"The built-in task '{TASK}', at the last step, on unseen words and frames"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("", "trained", "share", "accuracy", "MCC", "step", "memory", "file"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for method, name, _ in RUNS:
         s = summaries[method]
         scores = s["final"]["validation"]
@@ -62,12 +64,12 @@ def _table(summaries: dict[str, dict[str, Any]]) -> Table:
         table.add_row(
             name,
             f"{trained:,}",
-            f"{trained / s['parameters']['model']:.3%}",
+            f"{trained / s['parameters']['model']:.2%}",
             f"{scores['accuracy']:.3f}",
             f"{scores['mcc']:.3f}",
             f"{s['step_ms']:.0f} ms",
-            f"{s['peak_memory_bytes'] / 2**20:,.0f} MiB",
-            f"{s['file_bytes'] / 1e6:,.2f} MB",
+            decimal(s["peak_memory_bytes"]),
+            decimal(s["file_bytes"], precision=0),
         )
     return table
 
@@ -92,7 +94,15 @@ def main() -> None:
         for method, name, _ in RUNS
     }
     learning_curves(rows, "accuracy", curves, f"Fine-tuning {arguments.model} on '{TASK}'")
-    write_json(arguments.output / "comparison.json", summaries)
+    some = next(iter(summaries.values()))
+    comparison = {
+        "command": " ".join(["python -m bitfit_fast.demo", *sys.argv[1:]]),
+        "commit": commit(),
+        "device": some["device"],
+        "versions": some["versions"],
+        "runs": summaries,
+    }
+    write_json(arguments.output / "comparison.json", comparison)
     console.print(_table(summaries))
     console.print(f"learning curves: {curves}", highlight=False, soft_wrap=True)
     console.print(f"how far each bias moved: {heatmap}", highlight=False, soft_wrap=True)

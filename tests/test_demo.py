@@ -37,7 +37,7 @@ def test_the_demo_leaves_a_table_and_two_pictures(bert_folder, tmp_path, monkeyp
     for picture in ("learning_curves.png", "bias_change.png"):
         assert (tmp_path / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert str(tmp_path / picture) in out
-    summaries = json.loads((tmp_path / "comparison.json").read_text())
+    summaries = json.loads((tmp_path / "comparison.json").read_text())["runs"]
     trained = {m: s["parameters"]["trained"] for m, s in summaries.items()}
     assert trained["frozen"] < trained["bitfit"] < trained["full"]
 

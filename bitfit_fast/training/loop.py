@@ -361,6 +361,7 @@ class _Run:
             self.console.print(
                 f"step {progress.step:>5}/{self.plan.steps}  " + "  |  ".join(parts),
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _save(self) -> None:

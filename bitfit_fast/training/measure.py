@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-__all__ = ["StepClock", "device_name", "peak_memory", "reset_peak_memory"]
+__all__ = ["StepClock", "commit", "device_name", "peak_memory", "reset_peak_memory"]
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -47,6 +48,17 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         model = "CPU"
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """Return the commit of this code, marked where files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 class StepClock:
