@@ -9,10 +9,23 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "cdiv", "device_guard", "next_power_of_2", "processors"]
+__all__ = [
+    "INTERPRETED",
+    "cdiv",
+    "column_config",
+    "device_guard",
+    "next_power_of_2",
+    "processors",
+]
 
 #: Whether Triton runs kernels in its interpreter; it reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+#: Programs for each multiprocessor: enough loads in flight to hide the memory's latency.
+_PROGRAMS_PER_PROCESSOR = 8
+#: Tiles that a program should add before it writes its partial row.
+_TILES_PER_PROGRAM = 4
 
 
 @functools.cache
@@ -38,3 +51,30 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def column_config(rows: int, columns: int, processors: int, segments: int = 1) -> dict[str, int]:
+    """Return the launch configuration of a pass that sums columns on its way.
+
+    Parameters
+    ----------
+    rows, columns, segments : int
+        Shape of the problem; `rows` is the average of a segment.
+    processors : int
+        Multiprocessors of the device.
+
+    Returns
+    -------
+    dict
+        Tile sizes `BLOCK_M` and `BLOCK_N`, `num_warps`, and P, the partial rows of a segment.
+    """
+    # eight 16-bit elements of a row make a 16-byte load; a thread has two of them
+    block_m, block_n = 32, min(128, max(16, next_power_of_2(columns)))
+    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * processors, max(1, cdiv(columns, block_n) * segments))
+    useful = cdiv(rows, block_m * _TILES_PER_PROGRAM)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": 8,
+        "P": max(1, min(wanted, useful)),
+    }

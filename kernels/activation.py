@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, device_guard, next_power_of_2, processors
+from ._launch import cdiv, column_config, device_guard, processors
 from ._reduce import add_partial_rows
 
-__all__ = ["ACTIVATIONS", "activation_bwd", "activation_config", "activation_fwd"]
+__all__ = ["ACTIVATIONS", "activation_bwd", "activation_fwd"]
 
 #: Range of each activation's derivative, rounded outwards.
 ACTIVATIONS = {
@@ -36,10 +36,6 @@ ACTIVATIONS = {
     "silu": (-0.1, 1.1),
     "tanh": (0.0, 1.0),
 }
-
-#: Programs for each multiprocessor of the backward pass, and tiles that each should do.
-_PROGRAMS_PER_PROCESSOR = 8
-_TILES_PER_PROGRAM = 4
 
 
 @triton.jit
@@ -161,28 +157,6 @@ def _activation_bwd_kernel(
     tl.store(partial_ptr + share * N + cols, tl.sum(acc, axis=0), mask=in_row)
 
 
-def activation_config(rows: int, columns: int, processors: int) -> dict[str, int]:
-    """Return the launch configuration of both passes: tile sizes, warps, and partial rows P.
-
-    Parameters
-    ----------
-    rows, columns : int
-        Shape of the problem.
-    processors : int
-        Multiprocessors of the device.
-    """
-    block_n = min(128, max(16, next_power_of_2(columns)))
-    block_m = 32
-    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * processors, max(1, cdiv(columns, block_n)))
-    useful = cdiv(rows, block_m * _TILES_PER_PROGRAM)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": 8,
-        "P": max(1, min(wanted, useful)),
-    }
-
-
 def _quantisation(act: str) -> dict[str, float]:
     low, high = ACTIVATIONS[act]
     return {"LOW": low, "STEP": (high - low) / 255}
@@ -214,7 +188,7 @@ def activation_fwd(
     d = torch.empty(rows, columns, dtype=torch.uint8, device=x.device) if few_bits else None
     if h.numel() == 0:
         return h, d
-    config = activation_config(rows, columns, processors(x))
+    config = column_config(rows, columns, processors(x))
     config.pop("P")
     grid = (cdiv(rows, config["BLOCK_M"]), cdiv(columns, config["BLOCK_N"]))
     with device_guard(x):
@@ -260,7 +234,7 @@ def activation_bwd(
     rows, columns = dh.shape
     few_bits = x.dtype == torch.uint8
     has_bias = b is not None and not few_bits
-    config = activation_config(rows, columns, processors(dh))
+    config = column_config(rows, columns, processors(dh))
     partial_rows = config.pop("P")
     dz = torch.empty(rows, columns, dtype=dh.dtype, device=dh.device)
     partial = torch.empty(1, partial_rows, columns, dtype=torch.float32, device=dh.device)

@@ -18,15 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, device_guard, next_power_of_2, processors
+from ._launch import cdiv, column_config, device_guard, processors
 from ._reduce import add_partial_rows
 
-__all__ = ["column_sum", "column_sum_config"]
-
-#: Programs for each multiprocessor: enough loads in flight to hide the memory's latency.
-_PROGRAMS_PER_PROCESSOR = 8
-#: Tiles that a program should add before it writes its partial row.
-_TILES_PER_PROGRAM = 4
+__all__ = ["column_sum"]
 
 
 @triton.jit
@@ -67,35 +62,6 @@ def _column_sum_kernel(
     tl.store(partial_ptr + row + cols, tl.sum(acc, axis=0), mask=in_row)
 
 
-def column_sum_config(rows: int, columns: int, segments: int, processors: int) -> dict[str, int]:
-    """Return the launch configuration: tile sizes, warps, and partial rows of a segment.
-
-    Parameters
-    ----------
-    rows, columns, segments : int
-        Shape of the problem; `rows` is the average of a segment.
-    processors : int
-        Multiprocessors of the device.
-
-    Returns
-    -------
-    dict
-        `BLOCK_M`, `BLOCK_N`, `num_warps` of the kernel, and `P`.
-    """
-    block_n = min(128, max(16, next_power_of_2(columns)))
-    # eight 16-bit elements of a row make a 16-byte load; 32 of them a thread
-    block_m = 32
-    busy = _PROGRAMS_PER_PROCESSOR * processors
-    wanted = cdiv(busy, max(1, cdiv(columns, block_n) * segments))
-    useful = cdiv(rows, block_m * _TILES_PER_PROGRAM)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "num_warps": 4,
-        "P": max(1, min(wanted, useful)),
-    }
-
-
 def column_sum(dy: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Add the rows of a matrix, segment by segment.
 
@@ -113,7 +79,7 @@ def column_sum(dy: Tensor, offsets: Tensor | None = None) -> Tensor:
     """
     rows, columns = dy.shape
     segments = 1 if offsets is None else offsets.numel() - 1
-    config = column_sum_config(cdiv(rows, max(1, segments)), columns, segments, processors(dy))
+    config = column_config(cdiv(rows, max(1, segments)), columns, processors(dy), segments)
     partial_rows = config.pop("P")
     partial = torch.empty(segments, partial_rows, columns, dtype=torch.float32, device=dy.device)
     if partial.numel():

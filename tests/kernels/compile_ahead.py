@@ -17,6 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from bitfit_fast.kernels import _reduce, activation, column_sum, layer_norm
+from bitfit_fast.kernels._launch import column_config
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 #: (rows, columns) of the shapes whose configurations are compiled.
@@ -26,7 +27,7 @@ SHAPES = ((8192, 768), (64, 1), (100, 30))
 def variants():
     """Yield name, kernel, signature, constants and warps of everything that can be launched."""
     for rows, columns in SHAPES:
-        config = column_sum.column_sum_config(rows, columns, 1, 132)
+        config = column_config(rows, columns, 132)
         config.pop("P")
         warps = config.pop("num_warps")
         for dtype, pointer in POINTERS.items():
@@ -43,7 +44,7 @@ def variants():
                 constants = {"stride_yn": 1, "HAS_OFFSETS": segmented, **config}
                 name = f"column_sum {dtype} {columns} segmented={segmented}"
                 yield name, column_sum._column_sum_kernel, signature, aligned, constants, warps
-    config = activation.activation_config(8192, 3072, 132)
+    config = column_config(8192, 3072, 132)
     config.pop("P")
     warps = config.pop("num_warps")
     for dtype, pointer in POINTERS.items():

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import _reduce, column_sum
-from bitfit_fast.kernels._launch import INTERPRETED
+from bitfit_fast.kernels._launch import INTERPRETED, column_config
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,7 +98,7 @@ def test_partial_rows_are_added_in_full():
 @pytest.mark.parametrize("rows", [1, 100, 8192, 32768])
 @pytest.mark.parametrize("columns", [1, 768, 4096])
 def test_the_configuration_keeps_the_device_busy_and_partial_rows_few(rows, columns):
-    config = column_sum.column_sum_config(rows, columns, 1, 132)
+    config = column_config(rows, columns, 132)
     tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
     programs = config["P"] * -(-columns // config["BLOCK_N"])
     assert programs <= max(tiles, 1)
