@@ -78,9 +78,13 @@ class RunFolder:
             )
 
     def begin(self, described: dict[str, Any]) -> None:
-        """Start a new run, described by its settings; what an old one left goes."""
+        """Start a new run, described by its settings; what an old one left goes.
+
+        All but its checkpoint, which the new one's first replaces: there is always a whole one.
+        """
         for file in self.files:
-            file.unlink(missing_ok=True)
+            if file != self.model:
+                file.unlink(missing_ok=True)
         write_json(self.settings, described)
         self.begun = True
 
