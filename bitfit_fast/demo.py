@@ -54,7 +54,7 @@ def compare(output: Path, model: str, steps: int) -> dict[str, dict[str, Any]]:
 
 def _table(summaries: dict[str, dict[str, Any]]) -> Table:
     title = f"The built-in task '{TASK}', at the last step, on unseen words and frames"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "trained", "share", "accuracy", "MCC", "step", "memory", "file"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for method, name, _ in RUNS:
