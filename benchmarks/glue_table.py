@@ -115,7 +115,7 @@ def run(job: Job, model: str, data_dir: Path, output: Path, precision: str) -> d
 def run_all(
     jobs: list[Job], workers: int, title: str, *arguments: Any
 ) -> dict[Job, dict[str, Any]]:
-    """Do the runs side by side, the longest kind first."""
+    """Do the runs side by side and return their summaries."""
     done = {}
     context = multiprocessing.get_context("spawn")
     with (

@@ -49,9 +49,9 @@ class Family:
     Attributes
     ----------
     layer : str
-        Path of an encoder layer below the base model, `*` for each number. Layers are
-        counted in the order of the model, so families with shared layers (ALBERT) have
-        as many layers as they have sets of parameters.
+        Path of an encoder layer below the base model, `*` for each number, `**.` for any
+        modules above. Layers are counted in the order of the model, so families with
+        shared layers (ALBERT) have as many layers as they have sets of parameters.
     inside : dict of str to str
         Term -> path of its bias below a layer.
     outside : dict of str to str
@@ -61,6 +61,11 @@ class Family:
     layer: str
     inside: dict[str, str]
     outside: dict[str, str] = field(default_factory=dict)
+
+    def layer_path(self) -> re.Pattern[str]:
+        """Return `layer` as a regular expression that ends behind the layer's dot."""
+        path = re.escape(self.layer).replace(r"\*\*\.", r"(?:[^.]+\.)*?")
+        return re.compile(path.replace(r"\*", r"\d+") + r"\.")
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+#: A model without a row: no bias has a name, and the first number in a path counts the layers.
+_UNKNOWN = Family("**.*", {})
+
+
 def head_prefix(model: nn.Module) -> str | None:
     """Return the name prefix that separates the pretrained base from the task head.
 
@@ -252,16 +261,10 @@ def biases(model: nn.Module) -> Iterator[Bias]:
         A parameter shared by several modules comes once, under its first name.
     """
     prefix = head_prefix(model) or ""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    outside = {path: term for term, path in family.outside.items()} if family else {}
-    inside = {path: term for term, path in family.inside.items()} if family else {}
-    pattern = family.layer if family else "*"
-    # a model without a row still has its layers counted: the first number in a path
-    layer_path = (
-        re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\.")
-        if family
-        else re.compile(r"(?:[^.]+\.)*?\d+\.")
-    )
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), _UNKNOWN)
+    outside = {path: term for term, path in family.outside.items()}
+    inside = {path: term for term, path in family.inside.items()}
+    layer_path = family.layer_path()
     layers: dict[str, int] = {}
     for name, _ in model.named_parameters():
         if not name.startswith(prefix):
