@@ -23,19 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._constants import ACTIVATIONS, quantisation
 from ._launch import cdiv, column_config, device_guard, processors
 from ._reduce import add_partial_rows
 
-__all__ = ["ACTIVATIONS", "activation_bwd", "activation_fwd"]
-
-#: Range of each activation's derivative, rounded outwards.
-ACTIVATIONS = {
-    "gelu": (-0.13, 1.13),
-    "gelu_tanh": (-0.13, 1.13),
-    "relu": (0.0, 1.0),
-    "silu": (-0.1, 1.1),
-    "tanh": (0.0, 1.0),
-}
+__all__ = ["ACTIVATIONS", "activation_bwd", "activation_fwd", "slope"]
 
 
 @triton.jit
@@ -74,6 +66,15 @@ def _derivative(z, ACT: tl.constexpr):
     else:
         t = _tanh(z)
         return 1 - t * t
+
+
+@triton.jit
+def slope(kept, LOW: tl.constexpr, STEP: tl.constexpr, ACT: tl.constexpr, FEW_BITS: tl.constexpr):
+    """Return act' of what the forward pass kept: its input, or act' itself in 8 bits."""
+    if FEW_BITS:
+        return kept * STEP + LOW
+    else:
+        return _derivative(kept, ACT)
 
 
 @triton.jit
@@ -143,23 +144,14 @@ def _activation_bwd_kernel(
         inside = (rows < M)[:, None] & in_row[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xm + wide * stride_xn, mask=inside, other=0)
         dh = tl.load(dh_ptr + rows[:, None] * stride_hm + wide * stride_hn, mask=inside, other=0.0)
-        if FEW_BITS:
-            slope = x.to(tl.float32) * STEP + LOW
-        else:
-            z = x.to(tl.float32)
-            if HAS_BIAS:
-                z += b
-            slope = _derivative(z, ACT)
-        dz = dh.to(tl.float32) * slope
+        z = x.to(tl.float32)
+        if HAS_BIAS:
+            z += b
+        dz = dh.to(tl.float32) * slope(z, LOW, STEP, ACT, FEW_BITS)
         acc += dz
         tl.store(dz_ptr + rows[:, None] * N + wide, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         rows += P * BLOCK_M
     tl.store(partial_ptr + share * N + cols, tl.sum(acc, axis=0), mask=in_row)
-
-
-def _quantisation(act: str) -> dict[str, float]:
-    low, high = ACTIVATIONS[act]
-    return {"LOW": low, "STEP": (high - low) / 255}
 
 
 def activation_fwd(
@@ -190,6 +182,7 @@ def activation_fwd(
         return h, d
     config = column_config(rows, columns, processors(x))
     config.pop("P")
+    low, step = quantisation(act)
     grid = (cdiv(rows, config["BLOCK_M"]), cdiv(columns, config["BLOCK_N"]))
     with device_guard(x):
         _activation_fwd_kernel[grid](
@@ -200,7 +193,8 @@ def activation_fwd(
             rows,
             columns,
             *x.stride(),
-            **_quantisation(act),
+            LOW=low,
+            STEP=step,
             ACT=act,
             HAS_BIAS=b is not None,
             FEW_BITS=few_bits,
@@ -236,6 +230,7 @@ def activation_bwd(
     has_bias = b is not None and not few_bits
     config = column_config(rows, columns, processors(dh))
     partial_rows = config.pop("P")
+    low, step = quantisation(act)
     dz = torch.empty(rows, columns, dtype=dh.dtype, device=dh.device)
     partial = torch.empty(1, partial_rows, columns, dtype=torch.float32, device=dh.device)
     if partial.numel():
@@ -252,7 +247,8 @@ def activation_bwd(
                 partial_rows,
                 *x.stride(),
                 *dh.stride(),
-                **_quantisation(act),
+                LOW=low,
+                STEP=step,
                 ACT=act,
                 HAS_BIAS=has_bias,
                 FEW_BITS=few_bits,

@@ -3,22 +3,23 @@
     s = residual + dropout(x + b)                                        forward
     y = xhat * gamma + beta,   xhat = (s - mean(s)) * rstd
     c = dy * gamma                                                       backward
-    ds = rstd * (c - mean(c) - xhat * mean(c * xhat))
+    ds = dsum + rstd * (c - mean(c) - xhat * mean(c * xhat))
     dx = ds * keep / (1 - p)
     dbeta = sum_m dy,   db = sum_m dx,   dgamma = sum_m dy * xhat
 
 `x` is `[M, N]`, the preceding linear's output before its bias; bias, dropout and residual may
 each be absent. Means run over the N columns of a row (Ba et al. 2016). `ds` is the gradient of
-the residual, `dx` that of the linear's output: the same tensor without dropout. fp32, fp16 or
-bf16 in and out, fp32 inside and for `dbeta`, `db`, `dgamma`; N is at most 4096.
+the residual, `dx` that of the linear's output: the same tensor without dropout. A pre-norm
+transformer goes on with `s` besides `y`: with `returns_sum` the forward pass writes it, rounded,
+normalises what it wrote, and the backward pass takes its gradient `dsum`. fp32, fp16 or bf16 in
+and out, fp32 inside and for `dbeta`, `db`, `dgamma`; N is at most 8192.
 
 The forward pass reads `x` and the residual and writes `y` and `xhat`, `4 M N` elements, and
 `rstd`, M numbers; `xhat` and `rstd` are all that is kept. The backward pass reads `dy` and
-`xhat` and writes `ds`, with dropout also `dx`.
+`xhat` and writes `ds`, with dropout also `dx`. The sum adds one more write and read. Under
+autocast `x` is bf16 and the residual and the outputs are fp32; each keeps its own dtype.
 
-Dropout keeps no mask: element (m, n) is kept where the n-th number of the Philox stream with
-key `seed + m` is at least p, in both passes. The seed lies in device memory, so that a captured
-graph can draw a new one at each replay.
+Dropout keeps no mask: both passes draw it from `_dropout`.
 """
 
 from __future__ import annotations
@@ -28,24 +29,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._constants import MAX_COLUMNS, threshold
+from ._dropout import kept
 from ._launch import cdiv, device_guard, next_power_of_2, processors
 from ._reduce import add_partial_rows
 
 __all__ = ["MAX_COLUMNS", "layer_norm_bwd", "layer_norm_config", "layer_norm_fwd"]
 
-#: A row is held in registers, and wider ones would spill.
-MAX_COLUMNS = 4096
+#: Above this, three sums of a row's width would not fit into registers.
+_MAX_COLUMNS_THREE_SUMS = 4096
 #: Elements of a tile: 8 a thread of each tensor, one 16-byte load in bf16.
 _TILE = 2048
 #: Programs for each multiprocessor of the backward pass; each writes partial rows.
 _PROGRAMS_PER_PROCESSOR = 2
-
-
-@triton.jit
-def _kept(seed_ptr, rows, cols, p):
-    # one key a row, so that no counter passes 2^32 however many rows there are
-    key = tl.load(seed_ptr) + rows
-    return tl.rand(key[:, None], cols[None, :]) >= p
 
 
 @triton.jit
@@ -56,6 +52,7 @@ def _layer_norm_fwd_kernel(
     gamma_ptr,  # [N]
     beta_ptr,  # [N]
     seed_ptr,  # [1], int64
+    s_ptr,  # [M, N], contiguous
     y_ptr,  # [M, N], contiguous
     xhat_ptr,  # [M, N], contiguous
     rstd_ptr,  # [M], fp32
@@ -65,12 +62,15 @@ def _layer_norm_fwd_kernel(
     stride_xn,
     stride_rm,
     stride_rn,
-    p,
+    threshold,
+    scale,
     eps,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_BETA: tl.constexpr,
+    RETURNS_SUM: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -84,11 +84,16 @@ def _layer_norm_fwd_kernel(
     if HAS_BIAS:
         s += tl.load(b_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if HAS_DROPOUT:
-        s = tl.where(_kept(seed_ptr, rows, cols, p), s / (1 - p), 0.0)
+        s = tl.where(kept(seed_ptr, rows, 0, threshold, BLOCK_N), s * scale, 0.0)
     if HAS_RESIDUAL:
         at = residual_ptr + rows[:, None] * stride_rm + wide * stride_rn
         s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     s = tl.where(inside, s, 0.0)
+    to = rows[:, None] * N + wide
+    if RETURNS_SUM:
+        rounded = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + to, rounded, mask=inside)
+        s = rounded.to(tl.float32)
     mean = tl.sum(s, axis=1) / N
     centred = tl.where(inside, s - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / N + eps)
@@ -96,10 +101,10 @@ def _layer_norm_fwd_kernel(
     y = xhat * tl.load(gamma_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if HAS_BETA:
         y += tl.load(beta_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    to = rows[:, None] * N + wide
     tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(xhat_ptr + to, xhat.to(xhat_ptr.dtype.element_ty), mask=inside)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    if KEEPS:
+        tl.store(xhat_ptr + to, xhat.to(xhat_ptr.dtype.element_ty), mask=inside)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @triton.jit
@@ -109,16 +114,23 @@ def _layer_norm_bwd_kernel(
     rstd_ptr,  # [M], fp32
     gamma_ptr,  # [N]
     seed_ptr,  # [1], int64
+    dsum_ptr,  # [M, N]
     ds_ptr,  # [M, N], contiguous
     dx_ptr,  # [M, N], contiguous
-    partial_ptr,  # [3, P, N], fp32: dbeta, db, dgamma
+    partial_ptr,  # [sums, P, N], fp32: those needed of dbeta, db, dgamma
     M,
     N,
     P,
     stride_ym,
     stride_yn,
-    p,
+    stride_sm,
+    stride_sn,
+    threshold,
+    scale,
     HAS_DROPOUT: tl.constexpr,
+    HAS_DSUM: tl.constexpr,
+    WRITES_DX: tl.constexpr,
+    NEEDS_DBETA: tl.constexpr,
     NEEDS_DB: tl.constexpr,
     NEEDS_DGAMMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,7 +141,8 @@ def _layer_norm_bwd_kernel(
     in_row = cols < N
     wide = cols.to(tl.int64)[None, :]
     gamma = tl.load(gamma_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    dbeta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if NEEDS_DBETA:
+        dbeta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if NEEDS_DB:
         db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if NEEDS_DGAMMA:
@@ -147,10 +160,15 @@ def _layer_norm_bwd_kernel(
         along = (tl.sum(c * xhat, axis=1) / N)[:, None]
         mean = (tl.sum(c, axis=1) / N)[:, None]
         ds = tl.where(inside, (c - mean - xhat * along) * rstd, 0.0)
+        if HAS_DSUM:
+            dsum = dsum_ptr + rows[:, None] * stride_sm + wide * stride_sn
+            ds += tl.load(dsum, mask=inside, other=0.0).to(tl.float32)
         tl.store(ds_ptr + at, ds.to(ds_ptr.dtype.element_ty), mask=inside)
-        dbeta += dy
+        if NEEDS_DBETA:
+            dbeta += dy
         if HAS_DROPOUT:
-            ds = tl.where(_kept(seed_ptr, rows, cols, p), ds / (1 - p), 0.0)
+            ds = tl.where(kept(seed_ptr, rows, 0, threshold, BLOCK_N), ds * scale, 0.0)
+        if WRITES_DX:
             tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=inside)
         if NEEDS_DB:
             db += ds
@@ -158,11 +176,14 @@ def _layer_norm_bwd_kernel(
             dgamma += dy * xhat
         rows += P * BLOCK_M
     to = partial_ptr + share * N + cols
-    tl.store(to, tl.sum(dbeta, axis=0), mask=in_row)
+    if NEEDS_DBETA:
+        tl.store(to, tl.sum(dbeta, axis=0), mask=in_row)
+        to += P * N
     if NEEDS_DB:
-        tl.store(to + P * N, tl.sum(db, axis=0), mask=in_row)
+        tl.store(to, tl.sum(db, axis=0), mask=in_row)
+        to += P * N
     if NEEDS_DGAMMA:
-        tl.store(to + 2 * P * N, tl.sum(dgamma, axis=0), mask=in_row)
+        tl.store(to, tl.sum(dgamma, axis=0), mask=in_row)
 
 
 def layer_norm_config(rows: int, columns: int, processors: int) -> dict[str, int]:
@@ -187,7 +208,7 @@ def layer_norm_config(rows: int, columns: int, processors: int) -> dict[str, int
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "num_warps": max(1, min(32, block_m * block_n // 256)),
+        "num_warps": max(4, min(16, block_m * block_n // 256)),
         "P": max(1, min(_PROGRAMS_PER_PROCESSOR * processors, cdiv(rows, block_m))),
     }
 
@@ -201,7 +222,10 @@ def layer_norm_fwd(
     p: float = 0.0,
     seed: Tensor | None = None,
     eps: float = 1e-12,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dtype: torch.dtype | None = None,
+    keeps: bool = True,
+    returns_sum: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Add bias and residual, drop out, and normalise.
 
     Parameters
@@ -211,50 +235,64 @@ def layer_norm_fwd(
     gamma, beta, b : Tensor
         `[N]`, contiguous, of any of these dtypes; `beta` and `b` may be None.
     residual : Tensor, optional
-        `[M, N]`, any strides.
+        `[M, N]`, any of these dtypes, any strides.
     p : float
         Probability of dropping an element of `x + b`, below 1.
     seed : Tensor, optional
         `[1]` int64 on the device; needed with `p > 0`.
     eps : float
         Added to the variance.
+    dtype : torch.dtype, optional
+        Of `y`, `xhat` and `s`; that of `x` by default.
+    keeps : bool
+        Whether a backward pass will follow, which needs `xhat` and `rstd`.
+    returns_sum : bool
+        Whether to return what was normalised, too.
 
     Returns
     -------
-    y, xhat, rstd : Tensor
-        `[M, N]` and `[M, N]` in the dtype of `x`; `[M]` fp32.
+    y, xhat, rstd, s : Tensor
+        `[M, N]` and `[M, N]` in `dtype`; `[M]` fp32; `[M, N]`. The last three only where
+        asked for.
     """
     rows, columns = x.shape
-    y, xhat = (torch.empty(rows, columns, dtype=x.dtype, device=x.device) for _ in range(2))
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return y, xhat, rstd
+
+    def empty() -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
+
+    y, xhat, s = empty(), empty() if keeps else None, empty() if returns_sum else None
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device) if keeps else None
     config = layer_norm_config(rows, columns, processors(x))
     config.pop("P")
-    with device_guard(x):
-        _layer_norm_fwd_kernel[(cdiv(rows, config["BLOCK_M"]),)](
-            x,
-            x if b is None else b,
-            x if residual is None else residual,
-            gamma,
-            gamma if beta is None else beta,
-            rstd if seed is None else seed,
-            y,
-            xhat,
-            rstd,
-            rows,
-            columns,
-            *x.stride(),
-            *(x if residual is None else residual).stride(),
-            p,
-            eps,
-            HAS_BIAS=b is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_DROPOUT=p > 0,
-            HAS_BETA=beta is not None,
-            **config,
-        )
-    return y, xhat, rstd
+    if y.numel():
+        with device_guard(x):
+            _layer_norm_fwd_kernel[(cdiv(rows, config["BLOCK_M"]),)](
+                x,
+                x if b is None else b,
+                x if residual is None else residual,
+                gamma,
+                gamma if beta is None else beta,
+                gamma if seed is None else seed,
+                y if s is None else s,
+                y,
+                y if xhat is None else xhat,
+                gamma if rstd is None else rstd,
+                rows,
+                columns,
+                *x.stride(),
+                *(x if residual is None else residual).stride(),
+                threshold(p),
+                1 / (1 - p),
+                eps,
+                HAS_BIAS=b is not None,
+                HAS_RESIDUAL=residual is not None,
+                HAS_DROPOUT=p > 0,
+                HAS_BETA=beta is not None,
+                RETURNS_SUM=returns_sum,
+                KEEPS=keeps,
+                **config,
+            )
+    return y, xhat, rstd, s
 
 
 def layer_norm_bwd(
@@ -262,11 +300,15 @@ def layer_norm_bwd(
     xhat: Tensor,
     rstd: Tensor,
     gamma: Tensor,
+    dsum: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    ds_dtype: torch.dtype | None = None,
+    dx_dtype: torch.dtype | None = None,
+    needs_dbeta: bool = True,
     needs_db: bool = True,
     needs_dgamma: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return every gradient of `layer_norm_fwd`.
 
     Parameters
@@ -277,25 +319,37 @@ def layer_norm_bwd(
         What the forward pass returned.
     gamma, p, seed
         As in the forward pass.
-    needs_db, needs_dgamma : bool
-        Whether to sum up these two.
+    dsum : Tensor, optional
+        `[M, N]`, gradient of the sum `s` from elsewhere; only read, any strides.
+    ds_dtype, dx_dtype : torch.dtype, optional
+        Of `ds` and `dx`; that of `dy` by default.
+    needs_dbeta, needs_db, needs_dgamma : bool
+        Which of these to sum up.
 
     Returns
     -------
-    ds, dx, dbeta, db, dgamma : Tensor
-        `[M, N]` in the dtype of `dy`, the same tensor without dropout; `[N]` fp32, or None
-        where not needed. The same inputs give the same bits.
+    ds, dx : Tensor
+        `[M, N]`, the same tensor without dropout and of equal dtypes.
+    sums : Tensor
+        `[k, N]` fp32: those needed of `dbeta`, `db` and `dgamma`, in this order.
+
+    The same inputs give the same bits.
     """
     rows, columns = dy.shape
-    ds = torch.empty(rows, columns, dtype=dy.dtype, device=dy.device)
-    dx = torch.empty_like(ds) if p > 0 else ds
+    needs = (needs_dbeta, needs_db, needs_dgamma)
+    if columns > _MAX_COLUMNS_THREE_SUMS and needs_dgamma and sum(needs) > 1:
+        again = (dy, xhat, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype)
+        ds, dx, sums = layer_norm_bwd(*again, needs_dbeta, needs_db, False)
+        return ds, dx, torch.cat((sums, layer_norm_bwd(*again, False, False, True)[-1]))
+    ds = torch.empty(rows, columns, dtype=ds_dtype or dy.dtype, device=dy.device)
+    dx_dtype = dx_dtype or dy.dtype
+    writes_dx = p > 0 or dx_dtype != ds.dtype
+    dx = torch.empty(rows, columns, dtype=dx_dtype, device=dy.device) if writes_dx else ds
     config = layer_norm_config(rows, columns, processors(dy))
     partial_rows = config.pop("P")
-    sums = 3 if needs_dgamma else 2 if needs_db else 1
-    # the row of db is there, and unwritten, where only dgamma is needed
-    allocate = torch.zeros if needs_dgamma and not needs_db else torch.empty
-    partial = allocate(sums, partial_rows, columns, dtype=torch.float32, device=dy.device)
-    if partial.numel():
+    partial = torch.empty(sum(needs), partial_rows, columns, dtype=torch.float32, device=dy.device)
+    # without rows there is no ds, and the partial rows are zero
+    if columns:
         with device_guard(dy):
             _layer_norm_bwd_kernel[(partial_rows,)](
                 dy,
@@ -303,6 +357,7 @@ def layer_norm_bwd(
                 rstd,
                 gamma,
                 rstd if seed is None else seed,
+                dy if dsum is None else dsum,
                 ds,
                 dx,
                 partial,
@@ -310,17 +365,15 @@ def layer_norm_bwd(
                 columns,
                 partial_rows,
                 *dy.stride(),
-                p,
+                *(dy if dsum is None else dsum).stride(),
+                threshold(p),
+                1 / (1 - p),
                 HAS_DROPOUT=p > 0,
+                HAS_DSUM=dsum is not None,
+                WRITES_DX=writes_dx,
+                NEEDS_DBETA=needs_dbeta,
                 NEEDS_DB=needs_db,
                 NEEDS_DGAMMA=needs_dgamma,
                 **config,
             )
-    added = add_partial_rows(partial)
-    return (
-        ds,
-        dx,
-        added[0],
-        added[1] if needs_db else None,
-        added[2] if needs_dgamma else None,
-    )
+    return ds, dx, add_partial_rows(partial)

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import _reduce, column_sum
 from bitfit_fast.kernels._launch import INTERPRETED, column_config
+from bitfit_fast.ops.dropout import kept
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,24 +32,29 @@ def gradient(rows, columns, dtype):
     return torch.randn(rows, columns, generator=generator).to(DEVICE, dtype)
 
 
-def check(dy, offsets=None):
+def check(dy, offsets=None, p=0.0):
     """Compare with float64: at most twice PyTorch's own fp32 error, above a floor.
 
-    The floor is the worst case of 16 additions in a row, more than any sum here goes through.
+    The floor is the worst case of 16 roundings in a row, more than any sum here goes through.
     """
     before = dy.clone()
-    out = column_sum.column_sum(dy, offsets)
+    seed = torch.tensor([2**62 - 1], device=DEVICE) if p else None
+    out = column_sum.column_sum(dy, offsets, p, seed)
     assert out.dtype == torch.float32
     assert torch.equal(dy, before)
+    assert torch.equal(column_sum.column_sum(dy, offsets, p, seed), out)  # the same bits again
+    keep = kept(*dy.shape, p, seed) if p else torch.ones_like(dy, dtype=torch.bool)
     cuts = [0, dy.shape[0]] if offsets is None else offsets.tolist()
-    parts = [dy[a:b] for a, b in itertools.pairwise(cuts)]
-    exact = torch.stack([p.double().sum(0) for p in parts])
-    torch_same = torch.stack([p.float().sum(0) for p in parts]).double()
-    size = torch.stack([p.double().abs().sum(0) for p in parts])
+
+    def summed(values):
+        values = torch.where(keep, values / (1 - p), 0)
+        return torch.stack([values[a:b].sum(0) for a, b in itertools.pairwise(cuts)])
+
+    exact = summed(dy.double())
     error = (out.reshape(exact.shape).double() - exact).abs()
-    bound = 2 * (torch_same - exact).abs() + 16 * 2.0**-24 * size
+    torch_same = (summed(dy.float()).double() - exact).abs()
+    bound = 2 * torch_same + 16 * 2.0**-24 * summed(dy.double().abs())
     assert bool((error <= bound).all()), (error - bound).max()
-    assert torch.equal(column_sum.column_sum(dy, offsets), out)  # the same bits again
     return out
 
 
@@ -87,6 +93,31 @@ def test_gradients_of_any_strides(kind):
 def test_each_segment_has_its_own_sum(cuts):
     offsets = torch.tensor(cuts, device=DEVICE)
     assert check(gradient(130, 48, torch.bfloat16), offsets).shape == (len(cuts) - 1, 48)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 16), (129, 100), (300, 33), (40, 257)], ids=str)
+def test_with_dropout_the_sum_runs_over_what_is_kept(shape, p):
+    check(gradient(*shape, torch.bfloat16), p=p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.9])
+@pytest.mark.parametrize("cuts", [[0, 1, 130], [0, 0, 33, 33, 70, 129, 130]], ids=str)
+def test_with_dropout_each_segment_goes_on_in_the_same_mask(cuts, p):
+    offsets = torch.tensor(cuts, device=DEVICE)
+    check(gradient(130, 50, torch.float32), offsets, p)
+
+
+def test_with_dropout_gradients_have_any_strides():
+    base = gradient(70, 90, torch.float32)
+    check(base.t(), p=0.3)
+    check(base[0, 0].expand(70, 90), p=0.3)
+
+
+def test_with_dropout_no_rows_sum_to_zero():
+    seed = torch.tensor([3], device=DEVICE)
+    out = column_sum.column_sum(gradient(0, 40, torch.float32), None, 0.5, seed)
+    assert torch.equal(out, torch.zeros(40, device=DEVICE))
 
 
 def test_partial_rows_are_added_in_full():

@@ -1,5 +1,7 @@
 """Bias, dropout, residual and LayerNorm, forward and backward, against PyTorch in float64."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,137 +10,270 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import layer_norm
 from bitfit_fast.kernels._launch import INTERPRETED
+from bitfit_fast.ops.dropout import kept
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ((1, 1), (1, 64), (33, 16), (64, 128), (37, 100), (5, 1500))
+SHAPES = ((1, 1), (1, 64), (33, 16), (64, 128), (37, 100), (150, 33), (5, 1500), (40, 1))
 EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Let every new tensor begin as NaN, so that an element that is not written shows."""
-    empty, like = torch.empty, torch.empty_like
+    empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *s, **o: empty(*s, **o).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *s, **o: like(*s, **o).fill_(float("nan")))
 
 
-def inputs(rows, columns, dtype):
+def seed_of(number):
+    return torch.tensor([number], device=DEVICE)
+
+
+def inputs(rows, columns, dtype=torch.float32):
+    """Return what a post-norm block hands over."""
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     x, residual, dy = torch.randn(3, rows, columns, generator=generator).to(DEVICE, dtype)
     gamma, beta, b = torch.randn(3, columns, generator=generator).to(DEVICE)
-    return x, residual, dy, gamma, beta, b
+    return {"x": x, "residual": residual, "dy": dy, "gamma": gamma, "beta": beta, "b": b}
 
 
-def by_pytorch(x, residual, dy, gamma, beta, b, keep, p, dtype):
-    """Return y and the gradients ds, dx, dbeta, db, dgamma, computed in `dtype`."""
-    x, gamma = x.to(dtype).requires_grad_(), gamma.to(dtype).requires_grad_()
-    z = x if b is None else x + b.to(dtype)
-    s = z if keep is None else torch.where(keep, z / (1 - p), 0)
-    s = s if residual is None else s + residual.to(dtype)
-    beta = None if beta is None else beta.to(dtype)
-    y = F.layer_norm(s, s.shape[-1:], gamma, beta, EPS)
-    ds, dx, dgamma = torch.autograd.grad(y, (s, x, gamma), dy.to(dtype))
-    wide = torch.promote_types(dtype, torch.float32)
-    sums = (dy.to(wide).sum(0), dx.to(wide).sum(0), dgamma)
-    return (y.detach(), ds, dx, *sums)
+def pre_norm(given):
+    """Add the gradient of the sum, with which a pre-norm block goes on."""
+    generator = torch.Generator().manual_seed(7)
+    dsum = torch.randn(given["dy"].shape, generator=generator)
+    return {**given, "dsum": dsum.to(DEVICE, given["dy"].dtype)}
 
 
-def mask(rows, columns, p, seed):
-    """Return which elements the kernels keep, by which gradients come through."""
-    generator = torch.Generator().manual_seed(0)
-    xhat, dy = torch.randn(2, rows, columns, generator=generator).to(DEVICE)
-    ones = torch.ones(max(rows, columns), device=DEVICE)
-    ds, dx, *_ = layer_norm.layer_norm_bwd(dy, xhat, ones[:rows], ones[:columns], p, seed)
-    assert bool((ds != 0).all())
-    return dx != 0
+def forward(given, p=0.0, seed=None, **options):
+    parts = [given[name] for name in ("x", "gamma", "beta", "b", "residual")]
+    return layer_norm.layer_norm_fwd(*parts, p, seed, EPS, **options)
 
 
-def check(x, residual, dy, gamma, beta, b, p=0.0):
-    """Assert the tolerance rule on every output: twice PyTorch's error, above a floor."""
-    seed = torch.tensor([1234], device=DEVICE)
-    before = x.clone(), dy.clone()
-    y, xhat, rstd = layer_norm.layer_norm_fwd(x, gamma, beta, b, residual, p, seed, EPS)
-    backward = (dy, xhat, rstd, gamma, p, seed, True, True)
-    found = layer_norm.layer_norm_bwd(*backward)
-    assert torch.equal(x, before[0])
-    assert torch.equal(dy, before[1])
-    keep = mask(*x.shape, p, seed) if p else None
-    arguments = (x, residual, dy, gamma, beta, b, keep, p)
-    exact, same = (by_pytorch(*arguments, dtype) for dtype in (torch.float64, x.dtype))
-    unit = torch.finfo(x.dtype).eps
-    for name, ours, true, theirs in zip(
-        ("y", "ds", "dx", "dbeta", "db", "dgamma"), (y, *found), exact, same
-    ):
+def by_pytorch(given, keep, p, normalised, inner, outer):
+    """Return s and y, and the gradients ds, dx, dbeta, db, dgamma.
+
+    Bias and dropout are computed in `inner`, the rest in `outer`; where `normalised` is given,
+    it is what goes into the LayerNorm in place of s.
+    """
+    x, b = given["x"].detach().to(inner).requires_grad_(), given["b"]
+    z = x if b is None else x + b.to(inner)
+    z = (z if keep is None else torch.where(keep, z / (1 - p), 0)).to(outer)
+    s = z if given["residual"] is None else z + given["residual"].to(outer)
+    into = (s if normalised is None else normalised.to(outer)).detach().requires_grad_()
+    gamma = given["gamma"].detach().to(outer).requires_grad_()
+    beta = None if given["beta"] is None else given["beta"].to(outer)
+    dy = given["dy"].to(outer)
+    y = F.layer_norm(into, into.shape[-1:], gamma, beta, EPS)
+    ds, dgamma = torch.autograd.grad(y, (into, gamma), dy)
+    if "dsum" in given:
+        ds = ds + given["dsum"].to(outer)
+    (dx,) = torch.autograd.grad(s, x, ds)
+    wide = torch.promote_types(outer, torch.float32)
+    return s.detach(), y.detach(), ds, dx, dy.to(wide).sum(0), dx.to(wide).sum(0), dgamma
+
+
+def check(given, p=0.0, dtype=None):
+    """Assert the tolerance rule on every output: twice PyTorch's error, above a floor.
+
+    `dtype` is that of everything but x and its gradient.
+    """
+    inner, outer = given["x"].dtype, dtype or given["x"].dtype
+    rows, columns = given["x"].shape
+    seed = seed_of(2**62 - 1) if p else None
+    keep = kept(rows, columns, p, seed) if p else None
+    before = {name: t.clone() for name, t in given.items() if t is not None}
+    y, xhat, rstd, s = forward(given, p, seed, dtype=dtype, returns_sum="dsum" in given)
+    backward = (given["dy"], xhat, rstd, given["gamma"], given.get("dsum"), p, seed)
+    ds, dx, sums = layer_norm.layer_norm_bwd(*backward, dx_dtype=inner, needs_dgamma=True)
+    assert all(torch.equal(given[name], t) for name, t in before.items())
+    assert (s is None) == ("dsum" not in given)
+    assert (dx is ds) == (not p and inner == outer)
+
+    exact = by_pytorch(given, keep, p, s, torch.float64, torch.float64)
+    same = by_pytorch(given, keep, p, s, inner, outer)
+    names = ("s", "y", "ds", "dx", "dbeta", "db", "dgamma")
+    for name, ours, true, theirs in zip(names, (s, y, ds, dx, *sums), exact, same):
+        if ours is None:
+            continue
         summed = name in ("dbeta", "db", "dgamma")
-        assert ours.dtype == (torch.float32 if summed else x.dtype), name
-        # xhat is kept in the dtype of x, one rounding that PyTorch's fp32 statistics lack
-        floor = 2 * unit * max(true.abs().max().item(), exact[1].abs().max().item())
-        floor *= len(x) ** 0.5 if summed else 1
+        expected = torch.float32 if summed else inner if name == "dx" else outer
+        assert ours.dtype == expected and ours.shape == true.shape, name
+        # xhat is kept in 16 bits, one rounding that PyTorch's fp32 statistics lack
+        unit = torch.finfo(outer if summed else expected).eps
+        floor = 2 * unit * max(true.abs().max().item(), exact[2].abs().max().item())
+        floor *= rows**0.5 if summed else 1
         error = (ours.double() - true).abs().max().item()
         assert error <= 2 * (theirs.double() - true).abs().max().item() + floor, name
-    assert all(torch.equal(a, o) for a, o in zip(layer_norm.layer_norm_bwd(*backward), found))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_every_part_together_is_as_exact_as_pytorch(dtype, p):
-    check(*inputs(40, 96, dtype), p)
+    check(inputs(40, 96, dtype), p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_sum_and_its_gradient_are_as_exact_as_pytorch(dtype, p):
+    check(pre_norm(inputs(40, 96, dtype)), p)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_odd_shapes(shape):
-    check(*inputs(*shape, torch.bfloat16), 0.1)
+    check(inputs(*shape, torch.bfloat16), 0.1)
+    check(pre_norm(inputs(*shape, torch.float32)))
 
 
 @pytest.mark.parametrize("absent", ["residual", "beta", "b", "all"])
-def test_each_part_may_be_absent(absent):
-    names = ("x", "residual", "dy", "gamma", "beta", "b")
-    given = dict(zip(names, inputs(20, 48, torch.float32)))
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_each_part_may_be_absent(absent, p):
+    given = inputs(20, 48)
     for name in ("residual", "beta", "b"):
         if absent in (name, "all"):
             given[name] = None
-    check(**given)
+    check(given, p)
+    check(pre_norm(given), p)
 
 
-def test_inputs_of_any_strides():
-    x, residual, dy, gamma, beta, b = inputs(48, 48, torch.float32)
-    check(x.t(), residual[:1].expand(48, 48), dy.t(), gamma, beta, b, 0.2)
-    check(x[::2, ::3], residual[1::2, 1::3], dy[:1, :16].expand(24, 16), gamma[:16], None, b[:16])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_inputs_of_any_strides(p):
+    full = pre_norm(inputs(48, 48))
+    turned = {name: full[name].t() for name in ("x", "dy")}
+    check({**full, **turned, "residual": full["residual"][:1].expand(48, 48)}, p)
+    spread = {name: full[name][:1, :1].expand(48, 48) for name in ("dy", "residual")}
+    check({**full, **spread, "dsum": full["dsum"].t(), "x": full["x"][:1].expand(48, 48)}, p)
+    check({**full, "dsum": full["dsum"][:1, :1].expand(48, 48)}, p)
+    cut = {name: full[name][1::2, ::3] for name in ("x", "residual", "dy", "dsum")}
+    check({**cut, "gamma": full["gamma"][:16], "beta": None, "b": full["b"][:16]}, p)
 
 
-def test_no_rows_give_zero_gradients():
-    x, residual, dy, gamma, beta, b = inputs(0, 32, torch.float32)
-    y, xhat, rstd = layer_norm.layer_norm_fwd(x, gamma, beta, b, residual)
-    ds, _, dbeta, db, dgamma = layer_norm.layer_norm_bwd(dy, xhat, rstd, gamma)
-    assert y.shape == ds.shape == (0, 32)
-    assert not dbeta.any() and not db.any() and dgamma is None
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_the_linear_is_in_16_bits_and_the_rest_in_32(low, p):
+    given = pre_norm(inputs(40, 96))
+    given["x"] = given["x"].to(low)
+    check(given, p, torch.float32)
+    del given["dsum"]
+    check(given, p, torch.float32)
 
 
-@pytest.mark.parametrize("needs", [(False, False), (False, True), (True, False)], ids=str)
-def test_only_what_is_needed_is_summed(needs):
-    x, residual, dy, gamma, beta, b = inputs(30, 40, torch.float32)
-    _, xhat, rstd = layer_norm.layer_norm_fwd(x, gamma, beta, b, residual)
-    full = layer_norm.layer_norm_bwd(dy, xhat, rstd, gamma, needs_db=True, needs_dgamma=True)
-    some = layer_norm.layer_norm_bwd(
-        dy, xhat, rstd, gamma, needs_db=needs[0], needs_dgamma=needs[1]
-    )
-    for given, expected, wanted in zip(some, full, (True, True, True, *needs)):
-        assert torch.equal(given, expected) if wanted else given is None
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("ds_dtype", "dx_dtype"),
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_each_gradient_is_rounded_to_its_own_dtype_and_summed_before(ds_dtype, dx_dtype, p):
+    given, seed = pre_norm(inputs(30, 70)), seed_of(5)
+    _, xhat, rstd, _ = forward(given, p, seed)
+    backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed)
+    wide = layer_norm.layer_norm_bwd(*backward)
+    ds, dx, sums = layer_norm.layer_norm_bwd(*backward, ds_dtype, dx_dtype)
+    assert torch.equal(ds, wide[0].to(ds_dtype)) and ds.dtype == ds_dtype
+    assert torch.equal(dx, wide[1].to(dx_dtype)) and dx.dtype == dx_dtype
+    assert torch.equal(sums, wide[2])
 
 
-def test_dropout_is_drawn_anew_for_each_seed_and_row_and_keeps_its_share():
-    seeds = [torch.tensor([s], device=DEVICE) for s in (0, 1 << 40)]
-    one, two = (mask(64, 512, 0.25, seed) for seed in seeds)
-    assert torch.equal(one, mask(64, 512, 0.25, seeds[0]))
-    for drawn in (one, two):
-        share = drawn.double().mean().item()
-        assert abs(share - 0.75) < 4 * (0.25 * 0.75 / drawn.numel()) ** 0.5
-    for other in (two, one.roll(1, 0)):
-        agree = (one == other).double().mean().item()
-        assert abs(agree - (0.75**2 + 0.25**2)) < 0.02
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_is_pytorchs_own_and_is_normalised_as_rounded(dtype):
+    given = {**inputs(30, 70, dtype), "b": None}
+    y, xhat, rstd, s = forward(given, returns_sum=True)
+    # the interpreter cuts off what the GPU rounds to bf16
+    if not (INTERPRETED and dtype == torch.bfloat16):
+        assert torch.equal(s, given["x"] + given["residual"])
+    # so it does not matter whether s was there before
+    of_sum = forward({**given, "x": s, "residual": None})
+    assert all(torch.equal(*pair) for pair in zip((y, xhat, rstd), of_sum))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("returns_sum", [False, True])
+def test_without_a_backward_pass_nothing_is_kept(p, returns_sum):
+    given, options = inputs(21, 40, torch.bfloat16), {"p": p, "seed": seed_of(5)}
+    y, _, _, s = forward(given, **options, returns_sum=returns_sum)
+    again = forward(given, **options, returns_sum=returns_sum, keeps=False)
+    assert torch.equal(again[0], y)
+    assert again[1] is again[2] is None
+    assert torch.equal(again[3], s) if returns_sum else again[3] is s is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_the_same_inputs_give_the_same_bits(p):
+    given, seed = pre_norm(inputs(150, 33)), seed_of(5)
+
+    def both_passes():
+        y, xhat, rstd, s = forward(given, p, seed, returns_sum=True)
+        backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed)
+        return y, xhat, rstd, s, *layer_norm.layer_norm_bwd(*backward, needs_dgamma=True)
+
+    assert all(torch.equal(*pair) for pair in zip(both_passes(), both_passes()))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("launches", [1, 2])
+def test_only_what_is_needed_is_summed(launches, p, monkeypatch):
+    given, seed = pre_norm(inputs(90, 40, torch.bfloat16)), seed_of(5)
+    _, xhat, rstd, _ = forward(given, p, seed)
+    backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed, None, None)
+    ds, dx, sums = layer_norm.layer_norm_bwd(*backward, True, True, True)
+    if launches == 2:  # as for a wide row
+        monkeypatch.setattr(layer_norm, "_MAX_COLUMNS_THREE_SUMS", 39)
+    for needs in itertools.product((False, True), repeat=3):
+        some = layer_norm.layer_norm_bwd(*backward, *needs)
+        assert torch.equal(some[0], ds) and torch.equal(some[1], dx)
+        assert torch.equal(some[2], sums[list(needs)])
+
+
+def test_wide_rows():
+    check(inputs(2, 8192, torch.bfloat16), 0.1)
+    check(pre_norm(inputs(3, 5000)))
 
 
 def test_a_row_that_is_too_wide_is_refused():
-    with pytest.raises(ValueError, match="5000 columns are more than the 4096"):
-        layer_norm.layer_norm_config(1, 5000, 132)
+    with pytest.raises(ValueError, match="8193 columns are more than the 8192"):
+        forward(inputs(1, 8193))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_no_rows_give_zero_gradients(p):
+    given, seed = pre_norm(inputs(0, 32)), seed_of(5)
+    y, xhat, rstd, s = forward(given, p, seed, returns_sum=True)
+    backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed)
+    ds, dx, sums = layer_norm.layer_norm_bwd(*backward, needs_dgamma=True)
+    assert y.shape == s.shape == ds.shape == dx.shape == (0, 32)
+    assert torch.equal(sums, torch.zeros(3, 32, device=DEVICE))
+
+
+def test_no_columns_give_nothing():
+    given = inputs(5, 0)
+    y, xhat, rstd, _ = forward(given)
+    found = layer_norm.layer_norm_bwd(given["dy"], xhat, rstd, given["gamma"], needs_dgamma=True)
+    assert [t.shape for t in (y, *found)] == [(5, 0)] * 3 + [(3, 0)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 51), (3, 1030)], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.9])
+def test_both_passes_drop_what_the_definition_drops(shape, p):
+    given, seed = inputs(*shape), seed_of(99)
+    given.update(residual=None, b=None)
+    keep = kept(*shape, p, seed)
+    _, xhat, rstd, s = forward(given, p, seed, returns_sum=True)
+    assert torch.equal(s != 0, keep)
+    dsum = torch.full(shape, 100.0, device=DEVICE)
+    dy = torch.zeros(shape, device=DEVICE)
+    ds, dx, *_ = layer_norm.layer_norm_bwd(dy, xhat, rstd, given["gamma"], dsum, p, seed)
+    assert torch.equal(ds, dsum)
+    assert torch.equal(dx != 0, keep)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 8192, 32768])
+@pytest.mark.parametrize("columns", [1, 768, 1500, 4096, 8192])
+def test_the_configuration_fits_a_row_and_keeps_partial_rows_few(rows, columns):
+    config = layer_norm.layer_norm_config(rows, columns, 132)
+    assert columns <= config["BLOCK_N"] <= max(16, 2 * columns)
+    for size in ("BLOCK_M", "BLOCK_N", "num_warps"):
+        assert config[size] & (config[size] - 1) == 0
+    assert 1 <= config["P"] <= min(2 * 132, -(-rows // config["BLOCK_M"]))

@@ -1,0 +1,69 @@
+"""Which implementation an operation runs: Triton's kernels or their PyTorch definition."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..errors import BitFitError
+from ..kernels._launch import INTERPRETED
+
+__all__ = ["BACKEND_VARIABLE", "uses_triton"]
+
+#: Environment variable that chooses: `auto` (the default), `triton` or `torch`.
+BACKEND_VARIABLE = "BITFIT_FAST_BACKEND"
+_BACKENDS = ("auto", "triton", "torch")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _refusal(tensor: Tensor, columns: int | None, most: int | None) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    if not (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")):
+        hint = " without TRITON_INTERPRET=1" if tensor.device.type == "cpu" else ""
+        return f"there are no Triton kernels for a tensor on {tensor.device.type}{hint}"
+    if tensor.dtype not in _DTYPES:
+        return f"there are no Triton kernels for {str(tensor.dtype).removeprefix('torch.')}"
+    if columns is not None and most is not None and columns > most:
+        return f"rows of {columns} columns are wider than the kernel's {most}"
+    return None
+
+
+def uses_triton(tensor: Tensor, columns: int | None = None, most: int | None = None) -> bool:
+    """Return whether an operation on this tensor runs as a Triton kernel.
+
+    `auto` takes the kernel where there is one: on a CUDA device, or on the CPU under Triton's
+    interpreter (`TRITON_INTERPRET=1`), for fp32, fp16 and bf16.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        The operation's main input.
+    columns, most : int, optional
+        Width of a row, and the widest that the kernel takes.
+
+    Raises
+    ------
+    BitFitError
+        If `BITFIT_FAST_BACKEND` is none of its values, or is `triton` where there is no
+        kernel.
+    """
+    chosen = os.environ.get(BACKEND_VARIABLE) or "auto"
+    if chosen not in _BACKENDS:
+        valid = ", ".join(_BACKENDS)
+        raise BitFitError(f"{BACKEND_VARIABLE} is '{chosen}'; valid values are {valid}")
+    if chosen == "torch":
+        return False
+    refusal = _refusal(tensor, columns, most)
+    if refusal is not None and chosen == "triton":
+        raise BitFitError(f"{BACKEND_VARIABLE} is 'triton', but {refusal}")
+    return refusal is None

@@ -1,0 +1,84 @@
+"""Dropout without a stored mask: it is drawn from a seed in both passes.
+
+The kernels have a counter-based generator, `kernels/_dropout.py`, of which `kept` is the
+definition. On a CPU, where eager PyTorch takes seven times as long for those integers as for
+its own generator, the mask comes from that, freshly seeded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels._constants import ROUNDS, threshold
+
+__all__ = ["drawn", "kept", "new_seed"]
+
+_LOW = 0xFFFFFFFF
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Draw a seed from the device's default generator.
+
+    Returns
+    -------
+    Tensor
+        `[1]` int64 on the device, so that a captured graph draws a new one at each replay.
+    """
+    return torch.randint(0, 2**62, (1,), device=device)
+
+
+def _times(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper and the lower 32 bits of a product of 32-bit numbers held in int64."""
+    product = a * b  # wraps around, which leaves the bits right
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def kept(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
+    """Return which elements of an `[M, N]` tensor dropout keeps.
+
+    Element (m, n) has the 16-bit number n mod 8 of the Philox4x32 call with key `seed + m` and
+    counter n div 8, and is kept where that number is at least `65536 p`, rounded.
+
+    Parameters
+    ----------
+    rows, columns : int
+        M and N.
+    p : float
+        Probability of dropping an element.
+    seed : Tensor
+        `[1]` int64.
+
+    Returns
+    -------
+    Tensor
+        `[M, N]` bool on the seed's device.
+    """
+    key = seed + torch.arange(rows, device=seed.device)[:, None]
+    k0, k1 = key & _LOW, (key >> 32) & _LOW
+    c0 = torch.arange(-(-columns // 8), device=seed.device)[None, :]
+    c1 = c2 = c3 = torch.zeros_like(c0)
+    for _ in range(ROUNDS):
+        high_a, low_a = _times(0xD2511F53, c0)
+        high_b, low_b = _times(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    numbers = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)
+    return numbers[:, :columns] >= threshold(p)
+
+
+def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
+    """Return the mask that the PyTorch implementation applies; None without dropout.
+
+    Parameters and result as in `kept`, which it is on all devices but the CPU. There it is
+    `random_` of a generator with that seed, 16 bits an element.
+    """
+    if not p:
+        return None
+    if seed.device.type != "cpu":
+        return kept(rows, columns, p, seed)
+    generator = torch.Generator().manual_seed(int(seed))
+    words = torch.empty(-(-rows * columns // 4), dtype=torch.int64)
+    numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)
+    return numbers[: rows * columns].view(rows, columns) >= threshold(p) - 32768

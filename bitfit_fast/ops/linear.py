@@ -1,0 +1,157 @@
+"""Linear layers whose backward pass computes the bias gradient, and no weight's unless it trains.
+
+y = x W^T + b,   dx = dy W,   db = sum over tokens of dy
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ._backend import uses_triton
+from .activation import _activation_fwd, backward_definition, bias_activation
+from .column_sum import column_sum
+
+__all__ = ["feed_forward", "linear"]
+
+
+def _in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's dtype as `F.linear` would, so that backward finds one dtype."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None
+        )
+        return F.linear(x, w, None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        return (
+            None if w is None else dy @ w,
+            None if x is None else rows.t() @ x.reshape(-1, x.shape[-1]),
+            column_sum(rows) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Multiply by a weight and add a bias, as `torch.nn.functional.linear`.
+
+    Its backward pass keeps the weight only where `x` needs a gradient and `x` only where the
+    weight trains. It cannot be differentiated twice.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[..., K]`, floating point.
+    w : Tensor
+        `[N, K]`.
+    b : Tensor, optional
+        `[N]`; may be fp32 where the rest is in 16 bits.
+
+    Returns
+    -------
+    Tensor
+        `[..., N]`, in autocast's dtype under autocast.
+    """
+    return _Linear.apply(*_in_autocast(x, w), b)
+
+
+def linear_activation_bwd_definition(
+    dy: Tensor, w: Tensor, kept: Tensor, b: Tensor | None, act: str
+) -> tuple[Tensor, Tensor]:
+    """Compute the activation's gradient below a linear layer, and its sum."""
+    return backward_definition(dy @ w, kept, b, act)
+
+
+@torch.library.custom_op(
+    "bitfit_fast::linear_activation_bwd",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
+)
+def _linear_activation_bwd(dy, w, kept, b, act):
+    if uses_triton(dy):
+        from ..kernels import activation
+        from ..kernels import linear as kernel
+
+        if kernel.beats_vendor(dy, w):
+            return kernel.linear_bwd(dy, w, kept, b, act)
+        return activation.activation_bwd(dy @ w, kept, b, act)
+    return linear_activation_bwd_definition(dy, w, kept, b, act)
+
+
+@_linear_activation_bwd.register_fake
+def _(dy, w, kept, b, act):
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return dy.new_empty(dy.shape[0], w.shape[1]), dy.new_empty(w.shape[1], dtype=wide)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, act: str, few_bits: bool
+    ) -> Tensor:
+        z = F.linear(x, w1)
+        h, d = _activation_fwd(z.reshape(-1, z.shape[-1]), b1, act, few_bits)
+        if any(ctx.needs_input_grad):
+            needs_dx = ctx.needs_input_grad[0]
+            kept = (d, None) if few_bits else (z, b1)
+            ctx.save_for_backward(w1 if needs_dx else None, w2, *kept)
+        ctx.act = act
+        return F.linear(h.view(z.shape), w2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        w1, w2, kept, b1 = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dz, db = _linear_activation_bwd(rows, w2, kept.reshape(-1, kept.shape[-1]), b1, ctx.act)
+        dx = None if w1 is None else (dz @ w1).view(*dy.shape[:-1], w1.shape[1])
+        return dx, None, db if ctx.needs_input_grad[2] else None, None, None, None
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    act: str = "gelu",
+    few_bits: bool = False,
+) -> Tensor:
+    """Compute `act(x W1^T + b1) W2^T`, the feed-forward block without its last bias.
+
+    The gradient of the activation's input and of `b1` come from one pass over the second
+    product, inside it where that was measured to be faster. Weights that train take the same
+    steps one after the other.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[..., K]`, floating point.
+    w1, b1, w2 : Tensor
+        `[F, K]`, `[F]` and `[N, F]`.
+    act, few_bits
+        As in `bias_activation`.
+
+    Returns
+    -------
+    Tensor
+        `[..., N]`.
+    """
+    if w1.requires_grad or w2.requires_grad or x.numel() == 0:
+        return linear(bias_activation(linear(x, w1), b1, act, few_bits), w2)
+    x, w1, w2 = _in_autocast(x, w1, w2)
+    return _FeedForward.apply(x, w1, b1, w2, act, few_bits)

@@ -1,0 +1,31 @@
+"""What the kernels and their PyTorch definitions have in common; nothing here needs Triton."""
+
+from __future__ import annotations
+
+__all__ = ["ACTIVATIONS", "MAX_COLUMNS", "ROUNDS", "quantisation", "threshold"]
+
+#: Range of each activation's derivative, rounded outwards.
+ACTIVATIONS = {
+    "gelu": (-0.13, 1.13),
+    "gelu_tanh": (-0.13, 1.13),
+    "relu": (0.0, 1.0),
+    "silu": (-0.1, 1.1),
+    "tanh": (0.0, 1.0),
+}
+
+#: The widest row of the LayerNorm kernels, which hold one in registers.
+MAX_COLUMNS = 8192
+
+#: Rounds of Philox4x32: the fewest that pass its statistical tests (Salmon et al. 2011).
+ROUNDS = 7
+
+
+def quantisation(act: str) -> tuple[float, float]:
+    """Return where the range of an activation's derivative begins, and its 255th part."""
+    low, high = ACTIVATIONS[act]
+    return low, (high - low) / 255
+
+
+def threshold(p: float) -> int:
+    """Return the 16-bit number below which dropout drops an element."""
+    return round(65536 * p)
