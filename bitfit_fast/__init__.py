@@ -6,6 +6,7 @@ from .data.load import load_task
 from .data.task import Split, TaskData
 from .errors import BitFitError, BitFitWarning
 from .models.loading import load_model, load_tokenizer
+from .patching import Patched, patch, unpatch
 from .selection import Selection, select
 from .training import Settings, train
 
@@ -14,6 +15,7 @@ __all__ = [
     "BitFitWarning",
     "Checkpoint",
     "Header",
+    "Patched",
     "Selection",
     "Settings",
     "Split",
@@ -26,9 +28,11 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "open_model",
+    "patch",
     "read",
     "save",
     "select",
     "train",
     "unload",
+    "unpatch",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .errors import BitFitError, listed
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
-from .selection import HEAD, Selection, head_names
+from .selection import HEAD, Selection, head_names, trained_names
 from .tensorfile import align, digest, read_tensors, write_tensors
 
 __all__ = [
@@ -113,8 +113,8 @@ def stored(model: nn.Module) -> tuple[str, ...]:
     They are those that train, and those that train or not and are not in the base model's
     files: the head, and what else began at random.
     """
-    wanted = head_names(model) | getattr(model, NEW, frozenset())
-    return tuple(n for n, p in model.named_parameters() if p.requires_grad or n in wanted)
+    wanted = trained_names(model) | head_names(model) | getattr(model, NEW, frozenset())
+    return tuple(name for name, _ in model.named_parameters() if name in wanted)
 
 
 def fingerprint(model: nn.Module, stored: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from .models.families import ALIASES, PAPER_TERMS, Bias, biases, head_prefix
 
 __all__ = [
     "METHODS",
+    "NO_GRADIENT",
     "Method",
     "Selection",
     "Trained",
@@ -23,6 +24,7 @@ __all__ = [
     "parse_layers",
     "parse_terms",
     "select",
+    "trained_names",
 ]
 
 #: Terms that stand for what is not a bias of the base model.
@@ -30,19 +32,25 @@ HEAD, WEIGHTS = "head", "weights"
 
 #: Attribute of a model whose head was chosen by name: the names of the head's parameters.
 _CHOSEN_HEAD = "_bitfit_fast_head"
+#: Attribute of a patched model: its selected parameters whose gradient is zero and not computed.
+NO_GRADIENT = "_bitfit_fast_no_gradient"
 #: No model has as many layers; a longer range is cut here, before it fills the memory.
 _MANY_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained parameter: its name, term, layer (None outside of layers) and size."""
+    """One trained parameter: its name, term, layer (None outside of layers) and size.
+
+    `zero_gradient` says that its gradient is identically zero, so that it stays where it is.
+    """
 
     name: str
     term: str
     layer: int | None
     count: int
     named: bool = True
+    zero_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,17 +75,18 @@ class Selection:
     def of(cls, model: nn.Module) -> Selection:
         """Describe the selection that the model's `requires_grad` flags make."""
         known = {bias.name: bias for bias in biases(model)}
-        base = _base_names(model)
+        base, chosen = _base_names(model), trained_names(model)
         trained, sizes = [], {True: 0, False: 0}
         for name, parameter in model.named_parameters():
             sizes[name in base] += parameter.numel()
-            if not parameter.requires_grad:
+            if name not in chosen:
                 continue
             bias = known.get(name)
             if name not in base:
                 row = Trained(name, HEAD, None, parameter.numel())
             elif bias is not None:
-                row = Trained(name, bias.term, bias.layer, parameter.numel(), bias.named)
+                size = parameter.numel()
+                row = Trained(name, bias.term, bias.layer, size, bias.named, bias.zero_gradient)
             else:
                 row = Trained(name, WEIGHTS, None, parameter.numel())
             trained.append(row)
@@ -151,8 +160,11 @@ class Selection:
         row("trained", self.trained, style="bold")
         table.add_row("model", "", f"{model:,}", "")
         unnamed = [t.name for t in self.trained if not t.named]
-        if unnamed:
-            table.caption = f"named by module type only: {listed(unnamed)}"
+        notes = [f"named by module type only: {listed(unnamed)}"] if unnamed else []
+        if zero := dict.fromkeys(t.term for t in self.trained if t.zero_gradient):
+            notes.append(f"{listed(zero)}: its gradient is zero under softmax attention")
+        if notes:
+            table.caption = "\n".join(notes)
         return table
 
     def __str__(self) -> str:
@@ -170,6 +182,12 @@ def _below_head(model: nn.Module) -> set[str]:
 
 def _base_names(model: nn.Module) -> set[str]:
     return _below_head(model) - getattr(model, _CHOSEN_HEAD, frozenset())
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that train, whether or not a gradient is computed."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    return names | getattr(model, NO_GRADIENT, frozenset())
 
 
 def head_names(model: nn.Module) -> set[str]:
@@ -270,6 +288,12 @@ def _choose(
     chosen = [bias for bias in found if wanted(bias)]
     if not chosen:
         raise BitFitError(f"no bias of {who} is of the terms {listed(terms or ())} in those layers")
+    if all(bias.zero_gradient for bias in chosen):
+        raise BitFitError(
+            f"the gradient of every {listed(dict.fromkeys(b.term for b in chosen))} bias is zero "
+            f"under softmax attention, so alone it cannot train; {who} also has "
+            + listed([term for term in has if term not in {b.term for b in chosen}], 30)
+        )
     return chosen
 
 
@@ -303,6 +327,8 @@ def _head_names(model: nn.Module, head: bool | Sequence[str]) -> set[str]:
 def _train_only(
     model: nn.Module, names: set[str], chosen_head: frozenset[str] = frozenset()
 ) -> Selection:
+    if hasattr(model, NO_GRADIENT):
+        raise BitFitError("the model is patched; unpatch it before another selection")
     # later looks at the model, as by `save`, need to know what only the caller could tell
     setattr(model, _CHOSEN_HEAD, chosen_head)
     for name, parameter in model.named_parameters():

@@ -240,7 +240,7 @@ def test_unload_without_load(fresh, trained):
         (("all", True), ("all", True)),
         (("query", True), ("m2", False)),
         (("m2", False), ("query", True)),
-        (("all", True), ("key", False)),
+        (("all", True), ("value", False)),
     ],
 )
 def test_a_load_over_a_load_is_the_second_alone(fresh, tmp_path, first, second):

@@ -426,7 +426,7 @@ def test_a_model_without_a_padding_token_pads_with_its_end_token(run, files, tmp
     arguments = quick(tmp_path / "gpt2", run_folder, "--train-file", files / "train.csv")
     code, out, err = run(*arguments)
     assert code == 0, err
-    assert "named by module type only" in out
+    assert "query-key-value" in out
     assert run("evaluate", run_folder, "--file", files / "validation.csv")[0] == 0
 
 

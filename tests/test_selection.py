@@ -146,7 +146,7 @@ def test_nothing_else_requires_grad_and_no_value_changes(tiny):
         ("m2,intermediate,M2", ("intermediate",)),
         (["Query", " m2 "], ("query", "intermediate")),
         (("m3", "key"), ("output", "key")),
-        ((t for t in ["key"]), ("key",)),
+        ((t for t in ["value"]), ("value",)),
     ],
 )
 def test_terms_are_read(text, expected):
@@ -225,7 +225,7 @@ def test_the_head_trains_wholly_or_not_or_in_part(tiny):
 def test_a_head_of_several_layers_is_the_head():
     model = on_meta("Roberta", **ROBERTA_BASE)
     expected = [n for n, _ in model.named_parameters() if n.startswith("classifier.")]
-    selection = select(model, "key")
+    selection = select(model, "value")
     assert [t.name for t in selection.trained if t.term == "head"] == expected
     assert len(expected) == 4
 
@@ -337,7 +337,7 @@ def test_the_frozen_method_needs_the_head(tiny):
     ],
 )
 def test_what_the_model_does_not_have_is_refused_and_nothing_changes(tiny, options, message):
-    before = select(tiny, "key", "1")
+    before = select(tiny, "value", "1")
     with pytest.raises(BitFitError) as info:
         select(tiny, **options)
     assert str(info.value).startswith(message)
@@ -350,7 +350,7 @@ def test_what_the_model_does_not_have_is_refused_and_nothing_changes(tiny, optio
     [
         ("Roberta", "pooler", "output-layernorm"),
         ("Deberta", "key", "value"),
-        ("GPT2", "m1", "linear"),
+        ("GPT2", "embedding-layernorm", "query-key-value"),
     ],
 )
 def test_a_term_of_the_paper_that_a_model_lacks_is_refused_with_those_it_has(prefix, term, has):

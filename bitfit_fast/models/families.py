@@ -14,7 +14,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-__all__ = ["ALIASES", "FAMILIES", "PAPER_TERMS", "Bias", "Family", "biases", "head_prefix"]
+__all__ = [
+    "ALIASES",
+    "FAMILIES",
+    "PAPER_TERMS",
+    "Bias",
+    "Family",
+    "biases",
+    "family_of",
+    "fused_pairs",
+    "head_prefix",
+]
 
 #: The paper's kinds of bias, in the order in which a transformer layer meets them.
 PAPER_TERMS = (
@@ -56,11 +66,23 @@ class Family:
         Term -> path of its bias below a layer.
     outside : dict of str to str
         Term -> path of its bias below the base model.
+    fused : dict of str to str
+        Term of a linear layer's bias -> path, below a layer, of the activation or LayerNorm
+        that takes its output: straight, or after dropout and a residual.
+    pre_norm : bool
+        Whether what such a LayerNorm takes goes on beside it, as a residual.
+    zero_gradient : tuple of str
+        Terms whose gradient is identically zero. Softmax does not change when a number is
+        added to all scores of a query, and a key bias does no more than that, as long as
+        position enters neither queries nor keys after the bias.
     """
 
     layer: str
     inside: dict[str, str]
     outside: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
+    pre_norm: bool = False
+    zero_gradient: tuple[str, ...] = ()
 
     def layer_path(self) -> re.Pattern[str]:
         """Return `layer` as a regular expression that ends behind the layer's dot."""
@@ -82,12 +104,20 @@ class Bias:
         Encoder layer that holds it, None outside of the layers.
     named : bool
         False where only the fallback by module type knew a term.
+    zero_gradient : bool
+        Whether its gradient is identically zero.
     """
 
     name: str
     term: str
     layer: int | None
     named: bool
+    zero_gradient: bool = False
+
+
+def _module(bias: str) -> str:
+    """Return the path of the module that holds a bias."""
+    return bias.removesuffix(".bias")
 
 
 def _bert(**changes: str) -> Family:
@@ -108,7 +138,12 @@ def _bert(**changes: str) -> Family:
         "embedding-projection": "embeddings_project.bias",  # ELECTRA small
     }
     inside.update({term.replace("_", "-"): path for term, path in changes.items()})
-    return Family("encoder.layer.*", inside, outside)
+    fused = {
+        "intermediate": "intermediate.intermediate_act_fn",
+        "attention-output": _module(inside["attention-layernorm"]),
+        "output": _module(inside["output-layernorm"]),
+    }
+    return Family("encoder.layer.*", inside, outside, fused, zero_gradient=("key",))
 
 
 _BERT = _bert()
@@ -136,6 +171,9 @@ _VIT = Family(
         "final-layernorm": "layernorm.bias",
         "pooler": "pooler.dense.bias",
     },
+    {"intermediate": "mlp.activation_fn", "attention-output": "layernorm_after"},
+    pre_norm=True,
+    zero_gradient=("key",),
 )
 
 #: Rows by the `model_type` of the model's configuration.
@@ -165,6 +203,12 @@ FAMILIES: dict[str, Family] = {
             "output-layernorm": "output_layer_norm.bias",
         },
         {"embedding-layernorm": "embeddings.LayerNorm.bias"},
+        {
+            "intermediate": "ffn.activation",
+            "attention-output": "sa_layer_norm",
+            "output": "output_layer_norm",
+        },
+        zero_gradient=("key",),
     ),
     "albert": Family(
         "encoder.albert_layer_groups.*.albert_layers.*",
@@ -183,6 +227,12 @@ FAMILIES: dict[str, Family] = {
             "embedding-projection": "encoder.embedding_hidden_mapping_in.bias",
             "pooler": "pooler.bias",
         },
+        {
+            "intermediate": "activation",
+            "attention-output": "attention.LayerNorm",
+            "output": "full_layer_layer_norm",
+        },
+        zero_gradient=("key",),
     ),
     "deberta": Family(
         "encoder.layer.*",
@@ -194,6 +244,7 @@ FAMILIES: dict[str, Family] = {
             "position-query": "attention.self.pos_q_proj.bias",
         },
         _DEBERTA_OUTSIDE,
+        _BERT.fused,
     ),
     "deberta-v2": Family(
         "encoder.layer.*",
@@ -206,14 +257,53 @@ FAMILIES: dict[str, Family] = {
             "position-key": "attention.self.pos_key_proj.bias",
         },
         _DEBERTA_OUTSIDE,
+        _BERT.fused,
     ),
     "vit": _VIT,
     "deit": _VIT,
+    "gpt2": Family(
+        "h.*",
+        {
+            "query-key-value": "attn.c_attn.bias",
+            "attention-output": "attn.c_proj.bias",
+            # pre-norm, as above
+            "attention-layernorm": "ln_1.bias",
+            "output-layernorm": "ln_2.bias",
+            "intermediate": "mlp.c_fc.bias",
+            "output": "mlp.c_proj.bias",
+        },
+        {"final-layernorm": "ln_f.bias"},
+        {"intermediate": "mlp.act", "attention-output": "ln_2"},
+        pre_norm=True,
+    ),
+    "opt": Family(
+        "decoder.layers.*",
+        {
+            "query": "self_attn.q_proj.bias",
+            "key": "self_attn.k_proj.bias",
+            "value": "self_attn.v_proj.bias",
+            "attention-output": "self_attn.out_proj.bias",
+            # pre-norm but for OPT-350m
+            "attention-layernorm": "self_attn_layer_norm.bias",
+            "output-layernorm": "final_layer_norm.bias",
+            "intermediate": "fc1.bias",
+            "output": "fc2.bias",
+        },
+        {"final-layernorm": "decoder.final_layer_norm.bias"},
+        {"intermediate": "activation_fn", "attention-output": "final_layer_norm"},
+        pre_norm=True,
+        zero_gradient=("key",),
+    ),
 }
 
 
 #: A model without a row: no bias has a name, and the first number in a path counts the layers.
 _UNKNOWN = Family("**.*", {})
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the row of a model's family, or the one for models without a row."""
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), _UNKNOWN)
 
 
 def head_prefix(model: nn.Module) -> str | None:
@@ -261,7 +351,7 @@ def biases(model: nn.Module) -> Iterator[Bias]:
         A parameter shared by several modules comes once, under its first name.
     """
     prefix = head_prefix(model) or ""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), _UNKNOWN)
+    family = family_of(model)
     outside = {path: term for term, path in family.outside.items()}
     inside = {path: term for term, path in family.inside.items()}
     layer_path = family.layer_path()
@@ -276,6 +366,24 @@ def biases(model: nn.Module) -> Iterator[Bias]:
         if not _BIAS_NAME.search(attribute):
             continue
         term = inside.get(path[match.end() :]) if match else outside.get(path)
-        yield Bias(
-            name, term or _fallback_term(model.get_submodule(owner)), layer, term is not None
-        )
+        named, term = term is not None, term or _fallback_term(model.get_submodule(owner))
+        yield Bias(name, term, layer, named, named and term in family.zero_gradient)
+
+
+def fused_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names of linear layers and of what takes their output in each layer.
+
+    What takes it is an activation or a LayerNorm. Modules that this model lacks are left out.
+    """
+    prefix = head_prefix(model) or ""
+    family = family_of(model)
+    names = dict(model.named_modules())
+    layer_path = family.layer_path()
+    for name in names:
+        path = f"{name}.".removeprefix(prefix)
+        if not name.startswith(prefix) or not layer_path.fullmatch(path):
+            continue
+        for term, taker in family.fused.items():
+            pair = (f"{name}.{_module(family.inside[term])}", f"{name}.{taker}")
+            if all(member in names for member in pair):
+                yield pair

@@ -1,0 +1,272 @@
+"""Drop-in modules whose backward pass computes bias gradients and no weight gradient.
+
+Each is a subclass of what it replaces, with the same parameters: `bitfit_fast.patch` changes
+the class of a module and nothing else, so its names, state-dict keys, hooks and whoever holds
+it stay as they are.
+
+Where a family's row in the table says so, a linear layer leaves its bias to what follows: it
+returns a `Deferred`, which the model's own code drops out and adds to the residual, and which
+the activation or LayerNorm at the end of the line computes in one pass.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from . import ops
+
+__all__ = ["Deferred", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
+
+
+class Deferred:
+    """`residual + dropout(x + b)`, not yet computed, in the place of a tensor.
+
+    Dropout and the addition of a residual are taken note of. Everything else gets the
+    tensor, computed then.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[..., N]`, a linear layer's output before its bias.
+    b : Tensor
+        `[N]`.
+    p : float
+        Probability of dropping an element, 0 in evaluation mode.
+    residual : Tensor, optional
+        Of the shape of `x`.
+    """
+
+    def __init__(self, x: Tensor, b: Tensor, p: float = 0.0, residual: Tensor | None = None):
+        self._x, self._b, self._p, self._residual = x, b, p, residual
+        self._tensor: Tensor | None = None
+        self._used = False
+
+    def tensor(self) -> Tensor:
+        """Return the tensor; computed once."""
+        if self._tensor is None:
+            if self._used:
+                raise RuntimeError(
+                    "the input of a fused LayerNorm was used a second time, as in a pre-norm "
+                    "layer; set pre_norm in the model family's row, or patch with fuse=False"
+                )
+            tensor = F.dropout(self._x + self._b.to(self._x.dtype), self._p)
+            self._tensor = tensor if self._residual is None else tensor + self._residual
+        return self._tensor
+
+    def activated(self, act: str, few_bits: bool) -> Tensor:
+        """Return `act(x + b)` in one pass."""
+        if self._tensor is not None or self._p or self._residual is not None:
+            return ops.bias_activation(self.tensor(), None, act, few_bits)
+        return ops.bias_activation(self._x, self._b, act, few_bits)
+
+    def normalised(
+        self, gamma: Tensor, beta: Tensor | None, eps: float, used_again: bool
+    ) -> Tensor:
+        """Return its LayerNorm in one pass; `used_again` keeps the tensor itself as well."""
+        if self._tensor is not None or self._used:
+            return ops.layer_norm(self.tensor(), gamma, beta, eps)
+        y, self._tensor = ops.dropout_add_layer_norm(
+            self._x,
+            gamma,
+            beta,
+            self._b,
+            self._residual,
+            self._p,
+            eps,
+            returns_sum=used_again,
+        )
+        self._used = True
+        return y
+
+    @property
+    def _open(self) -> bool:
+        """Whether dropout and residual may still be taken note of."""
+        return self._tensor is None and not self._used and self._residual is None
+
+    def _plus(self, other: Any) -> Any:
+        other = _materialised(other)
+        if self._open and isinstance(other, Tensor) and other.shape == self._x.shape:
+            return Deferred(self._x, self._b, self._p, other)
+        return self.tensor() + other
+
+    def __add__(self, other: Any) -> Any:
+        # where both are deferred, the first is what goes on in a pre-norm layer
+        if isinstance(other, Deferred) and not self._open:
+            return other._plus(self)
+        return self._plus(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._plus(other)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor."""
+        return self._x.shape
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape of the tensor, or one size."""
+        return self._x.shape if dim is None else self._x.shape[dim]
+
+    def reshape(self, *shape: Any) -> Any:
+        """Reshape; leading dimensions change nothing about what is to be computed."""
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if self._tensor is not None or self._used or sizes[-1] != self._x.shape[-1]:
+            return self.tensor().reshape(*shape)
+        residual = None if self._residual is None else self._residual.reshape(*shape)
+        return Deferred(self._x.reshape(*shape), self._b, self._p, residual)
+
+    def __getattr__(self, name: str) -> Any:
+        # without this, an object that has no fields yet would look for them here for ever
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Take note of dropout and additions; give everything else the tensor."""
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func is F.dropout and isinstance(first, Deferred) and first._open and not first._p:
+            options = dict(zip(("p", "training", "inplace"), args[1:])) | kwargs
+            p = options.get("p", 0.5) if options.get("training", True) else 0.0
+            if p < 1:
+                return Deferred(first._x, first._b, p)
+        if func in _ADDITIONS and len(args) == 2 and not kwargs:
+            left, right = args
+            # not by the operator, which the compiler would bring here again
+            return left.__add__(right) if isinstance(left, Deferred) else right._plus(left)
+        args, kwargs = tree_map(_materialised, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_ADDITIONS = (operator.add, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
+
+def _materialised(value: Any) -> Any:
+    return value.tensor() if isinstance(value, Deferred) else value
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that keeps no input of a frozen weight and sums up its bias gradient itself."""
+
+    _replaces = nn.Linear
+    #: Whether what follows adds the bias.
+    _defers = False
+
+    def forward(self, x: Tensor) -> Any:
+        """Return `[..., N]` of `[..., K]`; a `Deferred` where the bias is left to a successor."""
+        return _linear(self, _materialised(x), self.weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension that computes no scale gradient unless it trains."""
+
+    _replaces = nn.LayerNorm
+    #: Whether the model goes on with what is normalised, too.
+    _used_again = False
+
+    def forward(self, x: Any) -> Tensor:
+        """Normalise a tensor, or all of what a `Deferred` stands for."""
+        return _layer_norm(self, x, self.eps)
+
+
+def _linear(module: Any, x: Tensor, w: Tensor) -> Any:
+    if module._defers and not module._forward_hooks:
+        return Deferred(ops.linear(x, w), module.bias)
+    return ops.linear(x, w, module.bias)
+
+
+def _layer_norm(module: Any, x: Any, eps: float) -> Tensor:
+    if isinstance(x, Deferred):
+        return x.normalised(module.weight, module.bias, eps, module._used_again)
+    return ops.layer_norm(x, module.weight, module.bias, eps)
+
+
+class _TransposedLinear:
+    """GPT-2's `Conv1D`: a linear layer with its weight the other way round."""
+
+    _defers = False
+
+    def forward(self, x: Tensor) -> Any:
+        return _linear(self, _materialised(x), self.weight.t())  # type: ignore[attr-defined]
+
+
+class _DebertaLayerNorm:
+    """DeBERTa's LayerNorm, written out there."""
+
+    _used_again = False
+
+    def forward(self, x: Any) -> Tensor:
+        return _layer_norm(self, x, self.variance_epsilon)  # type: ignore[attr-defined]
+
+
+class _Activation:
+    """An activation that adds the bias of the linear layer before it."""
+
+    #: Whether the backward pass gets the derivative in 8 bits.
+    _few_bits = False
+
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, Deferred):
+            act = activation_name(self)  # type: ignore[arg-type]
+            assert act is not None
+            return x.activated(act, self._few_bits)
+        return super().forward(x)  # type: ignore[misc]
+
+
+#: Modules of transformers that do what one of PyTorch's does, by their full name.
+_ALIKE = {
+    "transformers.pytorch_utils.Conv1D": _TransposedLinear,
+    "transformers.models.deberta.modeling_deberta.DebertaLayerNorm": _DebertaLayerNorm,
+}
+
+#: Classes of activation modules, of PyTorch and transformers, by what they compute.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "Tanh": "tanh",
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Return which of `ops.ACTIVATIONS` a module computes, or None."""
+    kind = original(module)
+    if kind is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    ours = kind.__module__.startswith(("torch.", "transformers."))
+    return _ACTIVATIONS.get(kind.__name__) if ours else None
+
+
+#: Drop-ins by the class that they replace; those of `_ALIKE` and of activations come on demand.
+_DROP_INS: dict[type[nn.Module], Any] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm}
+
+
+def drop_in(kind: type[nn.Module]) -> Any:
+    """Return the drop-in for modules of exactly this class, a subclass of it, or None."""
+    if kind not in _DROP_INS:
+        mixin = _ALIKE.get(f"{kind.__module__}.{kind.__qualname__}")
+        if mixin is None and (kind is nn.GELU or kind.__name__ in _ACTIVATIONS):
+            mixin = _Activation
+        fields = {"__module__": __name__, "_replaces": kind}
+        _DROP_INS[kind] = mixin and type(kind.__name__, (mixin, kind), fields)
+    return _DROP_INS[kind]
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the one that its drop-in stands for."""
+    return vars(type(module)).get("_replaces", type(module))

@@ -1,0 +1,167 @@
+"""The kernel benchmarks run, leave what they say, and leave it whole when they are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KILLED_AFTER = 30
+KILLER = f"""
+import os, signal
+seen = []
+def pytest_runtest_teardown(item):
+    seen.append(item)
+    if len(seen) == {KILLED_AFTER}:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def environment(**more):
+    """Return what the benchmarks find when nobody tests them."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT")}
+    quick = {"BITFIT_FAST_QUICK": "1", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return {**kept, **quick, **more}
+
+
+def results_in(folder: Path):
+    (path,) = folder.glob("kernels-*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Everything that the script for a GPU does, at sizes that say nothing."""
+    folder = tmp_path_factory.mktemp("out")
+    return folder, subprocess.run(
+        ["bash", "benchmarks/gpu.sh", folder],
+        cwd=ROOT,
+        env=environment(BITFIT_FAST_COMMIT="0123abc-dirty"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_script_leaves_few_files_and_a_table(done):
+    folder, process = done
+    assert process.returncode == 0, process.stdout + process.stderr
+    names = sorted(path.name for path in folder.iterdir())
+    device = results_in(folder)["device"]
+    slug = "cpu" if "threads" in device else device.lower().replace(" ", "-")
+    logs = ["gpu-benchmarks.log", "gpu-tests.log", "gpu-tests.xml"]
+    assert names == [*logs, f"kernels-{slug}.json", f"kernels-{slug}.png"]
+    suite = xml.etree.ElementTree.parse(folder / "gpu-tests.xml").getroot()[0]
+    assert int(suite.get("tests")) > 0 and suite.get("failures") == "0"
+    table = process.stdout.split("exit status 0")[-1]
+    assert "product_gelu_bwd" in table and "eager ms" in table
+
+
+def test_the_picture_is_one(done):
+    (picture,) = done[0].glob("*.png")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_results_say_where_they_come_from(done):
+    results = results_in(done[0])
+    assert (results["commit"], results["dirty"]) == ("0123abc", True)
+    assert results["command"].startswith("pytest benchmarks")
+    assert results["finished"] and results["quick"] and not results["skipped"]
+    for key in ("device", "date", "dtype", "compile", "seed", "copy_gb_s", "product_tflop_s"):
+        assert results[key], key
+    assert "driver" in results
+    for key in ("python", "torch", "triton", "transformers"):
+        assert key in results["versions"]
+
+
+def test_every_row_has_its_time_its_floor_and_its_memory(done):
+    rows = results_in(done[0])["rows"]
+    seen = {(r["operation"], r["direction"], r["variant"]) for r in rows}
+    for operation in ("bias_gelu", "bias_dropout_add_layer_norm", "layer_norm", "feed_forward"):
+        for direction in ("forward", "backward", "both"):
+            for variant in ("ours", "eager", "compile"):
+                assert (operation, direction, variant) in seen
+    assert ("column_sum", "backward", "ours") in seen
+    for row in rows:
+        assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"], row
+        assert row["bytes"] > 0 and row["floor_ms"] > 0 and row["share_of_limit"] > 0, row
+        assert 0 <= row["relative_error"] < 0.02 and row["rounds"] >= 3, row
+        assert {"flops", "saved_bytes", "peak_bytes", "host_ms"} <= row.keys(), row
+
+
+def test_floors_count_every_tensor_once(done):
+    rows = results_in(done[0])["rows"]
+    size = 2 if results_in(done[0])["dtype"] == "bfloat16" else 4
+    m, n = 32, 16
+    expected = {
+        ("column_sum", "backward"): (size * m * n + 4 * n, 0),
+        ("bias_gelu", "backward"): (3 * size * m * 4 * n + 2 * 4 * 4 * n, 0),
+        # dy, s, gamma, ds and dx, two sums
+        ("bias_dropout_add_layer_norm", "backward"): (4 * size * m * n + (size + 8) * n, 0),
+        ("bias_add_layer_norm", "backward"): (3 * size * m * n + (size + 8) * n, 0),
+        ("linear", "forward"): (size * (2 * m * n + n * n) + 4 * n, 2 * m * n * n),
+        ("feed_forward", "both"): (None, 4 * 2 * m * n * 4 * n),
+    }
+    found = {(r["operation"], r["direction"]): r for r in rows if r["tokens"] == m}
+    for key, (moved, flops) in expected.items():
+        assert found[key]["flops"] == flops, key
+        assert moved is None or found[key]["bytes"] == moved, key
+
+
+def test_what_is_kept_for_backward_is_counted_without_parameters(done):
+    rows = results_in(done[0])["rows"]
+    size = 2 if results_in(done[0])["dtype"] == "bfloat16" else 4
+    kept = {(r["operation"], r["variant"]): r["saved_bytes"] for r in rows if r["tokens"] == 32}
+    assert kept["bias_gelu", "ours"] == size * 32 * 64
+    assert kept["layer_norm", "ours"] == size * 32 * 16 + 4 * 32
+    assert kept["linear", "ours"] == kept["linear", "eager"] == 0
+
+
+def test_a_killed_run_leaves_what_it_had_measured(tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "pytest", "-p", "killer", "benchmarks", "--benchmark-only"]
+    process = subprocess.run(
+        [*command, "-p", "no:cacheprovider", f"--results-dir={output}"],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
+    results = results_in(output)
+    assert not results["finished"] and len(results["rows"]) >= KILLED_AFTER
+    done = subprocess.run(
+        [sys.executable, "benchmarks/plot.py", *output.glob("*.json"), "--output", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the run was stopped before its end" in done.stdout
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_groups_that_no_time_is_left_for_are_named(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--seconds=0"]
+    process = subprocess.run(
+        [*command, "-q", "-p", "no:cacheprovider", f"--results-dir={tmp_path}"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    results = results_in(tmp_path)
+    assert results["finished"] and not results["rows"]
+    assert {"operation": "linear", "tokens": 32, "width": 16, "why": "no time left"} in results[
+        "skipped"
+    ]
