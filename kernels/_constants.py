@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "MAX_COLUMNS", "ROUNDS", "quantisation", "threshold"]
+from typing import Any
+
+__all__ = ["ACTIVATIONS", "MAX_COLUMNS", "ROUNDS", "keeps_sum", "quantisation", "threshold"]
 
 #: Range of each activation's derivative, rounded outwards.
 ACTIVATIONS = {
@@ -29,3 +31,11 @@ def quantisation(act: str) -> tuple[float, float]:
 def threshold(p: float) -> int:
     """Return the 16-bit number below which dropout drops an element."""
     return round(65536 * p)
+
+
+def keeps_sum(b: Any, residual: Any, p: float, returns_sum: bool) -> bool:
+    """Return whether what LayerNorm normalises is in memory anyway, as its input or output.
+
+    It is then kept for the backward pass, and the normalised rows are not.
+    """
+    return returns_sum or (b is None and residual is None and not p)

@@ -20,7 +20,7 @@ __all__ = ["add_partial_rows"]
 _BLOCK_P, _BLOCK_N = 32, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _add_partial_rows_kernel(
     partial_ptr,  # [S, P, N]
     out_ptr,  # [S, N]

@@ -32,7 +32,10 @@ __all__ = ["ACTIVATIONS", "activation_bwd", "activation_fwd", "slope"]
 
 @triton.jit
 def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+    """Return tanh and its derivative, without the cancellation of 1 - tanh^2."""
+    e = tl.exp(-2 * tl.abs(x))
+    t = (1 - e) / (1 + e)
+    return tl.where(x < 0, -t, t), 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit
@@ -40,13 +43,15 @@ def _value(z, ACT: tl.constexpr):
     if ACT == "gelu":
         return 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
     elif ACT == "gelu_tanh":
-        return 0.5 * z * (1 + _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+        t, _ = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
+        return 0.5 * z * (1 + t)
     elif ACT == "relu":
         return tl.maximum(z, 0.0)
     elif ACT == "silu":
         return z * tl.sigmoid(z)
     else:
-        return _tanh(z)
+        t, _ = _tanh(z)
+        return t
 
 
 @triton.jit
@@ -55,17 +60,17 @@ def _derivative(z, ACT: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * density
     elif ACT == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
+        t, dt = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
         slope = 0.7978845608028654 * (1 + 0.134145 * z * z)
-        return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope
+        return 0.5 * (1 + t) + 0.5 * z * dt * slope
     elif ACT == "relu":
         return tl.where(z > 0, 1.0, 0.0)
     elif ACT == "silu":
         s = tl.sigmoid(z)
         return s * (1 + z * (1 - s))
     else:
-        t = _tanh(z)
-        return 1 - t * t
+        _, dt = _tanh(z)
+        return dt
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def slope(kept, LOW: tl.constexpr, STEP: tl.constexpr, ACT: tl.constexpr, FEW_BI
         return _derivative(kept, ACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _activation_fwd_kernel(
     x_ptr,  # [M, N]
     b_ptr,  # [N]
@@ -109,7 +114,7 @@ def _activation_fwd_kernel(
         tl.store(d_ptr + to, level.to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "P"])
 def _activation_bwd_kernel(
     x_ptr,  # [M, N]; with FEW_BITS the uint8 derivative
     b_ptr,  # [N]

@@ -27,7 +27,7 @@ from ._reduce import add_partial_rows
 __all__ = ["column_sum"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "P", "threshold"])
 def _column_sum_kernel(
     dy_ptr,  # [M, N]
     offsets_ptr,  # [S + 1], int64

@@ -15,8 +15,10 @@ normalises what it wrote, and the backward pass takes its gradient `dsum`. fp32,
 and out, fp32 inside and for `dbeta`, `db`, `dgamma`; N is at most 8192.
 
 The forward pass reads `x` and the residual and writes `y` and `xhat`, `4 M N` elements, and
-`rstd`, M numbers; `xhat` and `rstd` are all that is kept. The backward pass reads `dy` and
-`xhat` and writes `ds`, with dropout also `dx`. The sum adds one more write and read. Under
+`rstd`, M numbers; `xhat` and `rstd` are all that is kept. Where `s` is in memory anyway, as the
+input of a LayerNorm alone or as the sum returned, that is kept in the place of `xhat`, which
+is not written, with M means. The backward pass reads `dy` and `xhat` or `s` and writes `ds`,
+with dropout also `dx`, and reads `dsum` where there is one: `3 M N` elements and more. Under
 autocast `x` is bf16 and the residual and the outputs are fp32; each keeps its own dtype.
 
 Dropout keeps no mask: both passes draw it from `_dropout`.
@@ -29,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._constants import MAX_COLUMNS, threshold
+from ._constants import MAX_COLUMNS, keeps_sum, threshold
 from ._dropout import kept
 from ._launch import cdiv, device_guard, next_power_of_2, processors
 from ._reduce import add_partial_rows
@@ -44,7 +46,7 @@ _TILE = 2048
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _layer_norm_fwd_kernel(
     x_ptr,  # [M, N]
     b_ptr,  # [N]
@@ -55,6 +57,7 @@ def _layer_norm_fwd_kernel(
     s_ptr,  # [M, N], contiguous
     y_ptr,  # [M, N], contiguous
     xhat_ptr,  # [M, N], contiguous
+    mean_ptr,  # [M], fp32
     rstd_ptr,  # [M], fp32
     M,
     N,
@@ -70,7 +73,8 @@ def _layer_norm_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
     HAS_BETA: tl.constexpr,
     RETURNS_SUM: tl.constexpr,
-    KEEPS: tl.constexpr,
+    KEEPS_XHAT: tl.constexpr,
+    KEEPS_MEAN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -102,15 +106,19 @@ def _layer_norm_fwd_kernel(
     if HAS_BETA:
         y += tl.load(beta_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
-    if KEEPS:
+    if KEEPS_XHAT:
         tl.store(xhat_ptr + to, xhat.to(xhat_ptr.dtype.element_ty), mask=inside)
+    if KEEPS_MEAN:
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
+    if KEEPS_XHAT or KEEPS_MEAN:
         tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "P", "threshold"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # [M, N]
-    xhat_ptr,  # [M, N], contiguous
+    kept_ptr,  # [M, N]; with HAS_MEAN what was normalised, else xhat
+    mean_ptr,  # [M], fp32
     rstd_ptr,  # [M], fp32
     gamma_ptr,  # [N]
     seed_ptr,  # [1], int64
@@ -123,12 +131,15 @@ def _layer_norm_bwd_kernel(
     P,
     stride_ym,
     stride_yn,
+    stride_km,
+    stride_kn,
     stride_sm,
     stride_sn,
     threshold,
     scale,
     HAS_DROPOUT: tl.constexpr,
     HAS_DSUM: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
     WRITES_DX: tl.constexpr,
     NEEDS_DBETA: tl.constexpr,
     NEEDS_DB: tl.constexpr,
@@ -154,8 +165,12 @@ def _layer_norm_bwd_kernel(
         at = rows[:, None] * N + wide
         dy = tl.load(dy_ptr + rows[:, None] * stride_ym + wide * stride_yn, mask=inside, other=0.0)
         dy = dy.to(tl.float32)
-        xhat = tl.load(xhat_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        kept_at = kept_ptr + rows[:, None] * stride_km + wide * stride_kn
+        xhat = tl.load(kept_at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        if HAS_MEAN:
+            mean_of_s = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            xhat = tl.where(inside, (xhat - mean_of_s) * rstd, 0.0)
         c = dy * gamma
         along = (tl.sum(c * xhat, axis=1) / N)[:, None]
         mean = (tl.sum(c, axis=1) / N)[:, None]
@@ -225,7 +240,7 @@ def layer_norm_fwd(
     dtype: torch.dtype | None = None,
     keeps: bool = True,
     returns_sum: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Add bias and residual, drop out, and normalise.
 
     Parameters
@@ -245,23 +260,30 @@ def layer_norm_fwd(
     dtype : torch.dtype, optional
         Of `y`, `xhat` and `s`; that of `x` by default.
     keeps : bool
-        Whether a backward pass will follow, which needs `xhat` and `rstd`.
+        Whether a backward pass will follow.
     returns_sum : bool
         Whether to return what was normalised, too.
 
     Returns
     -------
-    y, xhat, rstd, s : Tensor
-        `[M, N]` and `[M, N]` in `dtype`; `[M]` fp32; `[M, N]`. The last three only where
-        asked for.
+    y, s, xhat, mean, rstd : Tensor
+        `y`, `s` and `xhat` are `[M, N]` in `dtype`, `mean` and `rstd` `[M]` in fp32. `s` is
+        there only where asked for. For a backward pass there are `mean` and `rstd` where
+        `keeps_sum`, so that it can take `s` or `x`, and else `xhat` and `rstd`.
     """
     rows, columns = x.shape
 
     def empty() -> Tensor:
         return torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
 
-    y, xhat, s = empty(), empty() if keeps else None, empty() if returns_sum else None
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device) if keeps else None
+    keeps_mean = keeps and keeps_sum(b, residual, p, returns_sum)
+    keeps_xhat = keeps and not keeps_mean
+
+    def numbers() -> Tensor:
+        return torch.empty(rows, dtype=torch.float32, device=x.device)
+
+    y, s, xhat = empty(), empty() if returns_sum else None, empty() if keeps_xhat else None
+    mean, rstd = numbers() if keeps_mean else None, numbers() if keeps else None
     config = layer_norm_config(rows, columns, processors(x))
     config.pop("P")
     if y.numel():
@@ -276,6 +298,7 @@ def layer_norm_fwd(
                 y if s is None else s,
                 y,
                 y if xhat is None else xhat,
+                gamma if mean is None else mean,
                 gamma if rstd is None else rstd,
                 rows,
                 columns,
@@ -289,15 +312,17 @@ def layer_norm_fwd(
                 HAS_DROPOUT=p > 0,
                 HAS_BETA=beta is not None,
                 RETURNS_SUM=returns_sum,
-                KEEPS=keeps,
+                KEEPS_XHAT=keeps_xhat,
+                KEEPS_MEAN=keeps_mean,
                 **config,
             )
-    return y, xhat, rstd, s
+    return y, s, xhat, mean, rstd
 
 
 def layer_norm_bwd(
     dy: Tensor,
-    xhat: Tensor,
+    kept: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     gamma: Tensor,
     dsum: Tensor | None = None,
@@ -315,7 +340,9 @@ def layer_norm_bwd(
     ----------
     dy : Tensor
         `[M, N]`, gradient of `y`; only read, any strides.
-    xhat, rstd : Tensor
+    kept : Tensor
+        `[M, N]`, `xhat` of the forward pass; or, with its `mean`, what was normalised.
+    mean, rstd : Tensor
         What the forward pass returned.
     gamma, p, seed
         As in the forward pass.
@@ -338,7 +365,7 @@ def layer_norm_bwd(
     rows, columns = dy.shape
     needs = (needs_dbeta, needs_db, needs_dgamma)
     if columns > _MAX_COLUMNS_THREE_SUMS and needs_dgamma and sum(needs) > 1:
-        again = (dy, xhat, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype)
+        again = (dy, kept, mean, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype)
         ds, dx, sums = layer_norm_bwd(*again, needs_dbeta, needs_db, False)
         return ds, dx, torch.cat((sums, layer_norm_bwd(*again, False, False, True)[-1]))
     ds = torch.empty(rows, columns, dtype=ds_dtype or dy.dtype, device=dy.device)
@@ -353,7 +380,8 @@ def layer_norm_bwd(
         with device_guard(dy):
             _layer_norm_bwd_kernel[(partial_rows,)](
                 dy,
-                xhat,
+                kept,
+                rstd if mean is None else mean,
                 rstd,
                 gamma,
                 rstd if seed is None else seed,
@@ -365,11 +393,13 @@ def layer_norm_bwd(
                 columns,
                 partial_rows,
                 *dy.stride(),
+                *kept.stride(),
                 *(dy if dsum is None else dsum).stride(),
                 threshold(p),
                 1 / (1 - p),
                 HAS_DROPOUT=p > 0,
                 HAS_DSUM=dsum is not None,
+                HAS_MEAN=mean is not None,
                 WRITES_DX=writes_dx,
                 NEEDS_DBETA=needs_dbeta,
                 NEEDS_DB=needs_db,

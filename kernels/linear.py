@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._constants import quantisation
-from ._launch import INTERPRETED, cdiv, device_guard, next_power_of_2, processors
+from ._launch import INTERPRETED, cdiv, device_guard, processors
 from ._reduce import add_partial_rows
 from .activation import slope
 
@@ -38,7 +38,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 MEASURED: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_bwd_kernel(
     dy_ptr,  # [M, K]
     w_ptr,  # [K, N]
@@ -118,28 +118,30 @@ def _linear_bwd_kernel(
         tl.store(db_at + col, tl.sum(part, axis=0)[None, :], mask=in_cols)
 
 
-def linear_config(rows: int, columns: int, itemsize: int, processors: int) -> dict[str, int]:
+def linear_config(
+    rows: int, columns: int, inner: int, itemsize: int, processors: int
+) -> dict[str, int]:
     """Return the launch configuration.
 
     Parameters
     ----------
-    rows, columns : int
-        M and N.
+    rows, columns, inner : int
+        M, N and K.
     itemsize : int
         Bytes of an element of `dy`.
     processors : int
         Multiprocessors of the device.
     """
-    block_m = min(128, max(16, next_power_of_2(rows)))
-    block_n = min(128, max(16, next_power_of_2(columns)))
-    if block_m == 128 and cdiv(rows, 128) * cdiv(columns, block_n) < 2 * processors:
-        block_m = 64
+    # two heights and no more, since each is compiled
+    few = cdiv(rows, 128) * cdiv(columns, 128) < 2 * processors
+    # rows that begin anywhere are read element by element, each with a register of its own
+    block_k = 128 // itemsize if inner % (128 // itemsize) == 0 else 32
     return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": 128 // itemsize,
+        "BLOCK_M": 64 if few else 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": block_k,
         "GROUP_M": 8,
-        "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
+        "num_warps": 8,
         "num_stages": 3,
     }
 
@@ -184,7 +186,7 @@ def linear_bwd(
     (rows, inner), columns = dy.shape, w.shape[1]
     few_bits = x is not None and x.dtype == torch.uint8
     has_bias = b is not None and not few_bits
-    config = linear_config(rows, columns, dy.element_size(), processors(dy))
+    config = linear_config(rows, columns, inner, dy.element_size(), processors(dy))
     blocks = cdiv(rows, config["BLOCK_M"])
     low, step = quantisation(act) if act else (0.0, 0.0)
     dx = torch.empty(rows, columns, dtype=dy.dtype, device=dy.device)

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..errors import BitFitError
+from ..errors import BitFitError, listed
 from ..kernels._launch import INTERPRETED
 
 __all__ = ["BACKEND_VARIABLE", "uses_triton"]
@@ -25,20 +25,22 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _refusal(tensor: Tensor, columns: int | None, most: int | None) -> str | None:
+def _refusal(tensor: Tensor, dtype: torch.dtype | None, most: int | None) -> str | None:
     if not _has_triton():
         return "triton is not installed"
     if not (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")):
         hint = " without TRITON_INTERPRET=1" if tensor.device.type == "cpu" else ""
         return f"there are no Triton kernels for a tensor on {tensor.device.type}{hint}"
-    if tensor.dtype not in _DTYPES:
-        return f"there are no Triton kernels for {str(tensor.dtype).removeprefix('torch.')}"
-    if columns is not None and most is not None and columns > most:
-        return f"rows of {columns} columns are wider than the kernel's {most}"
+    for kind in (tensor.dtype, dtype or tensor.dtype):
+        if kind not in _DTYPES:
+            refused, *valid = (str(t).removeprefix("torch.") for t in (kind, *_DTYPES))
+            return f"there are no Triton kernels for {refused}; they take {listed(valid)}"
+    if most is not None and tensor.shape[1] > most:
+        return f"rows of {tensor.shape[1]} columns are wider than the kernel's {most}"
     return None
 
 
-def uses_triton(tensor: Tensor, columns: int | None = None, most: int | None = None) -> bool:
+def uses_triton(tensor: Tensor, dtype: torch.dtype | None = None, most: int | None = None) -> bool:
     """Return whether an operation on this tensor runs as a Triton kernel.
 
     `auto` takes the kernel where there is one: on a CUDA device, or on the CPU under Triton's
@@ -48,8 +50,10 @@ def uses_triton(tensor: Tensor, columns: int | None = None, most: int | None = N
     ----------
     tensor : Tensor
         The operation's main input.
-    columns, most : int, optional
-        Width of a row, and the widest that the kernel takes.
+    dtype : torch.dtype, optional
+        Of the output, where it is another.
+    most : int, optional
+        The widest row that the kernel takes.
 
     Raises
     ------
@@ -59,11 +63,10 @@ def uses_triton(tensor: Tensor, columns: int | None = None, most: int | None = N
     """
     chosen = os.environ.get(BACKEND_VARIABLE) or "auto"
     if chosen not in _BACKENDS:
-        valid = ", ".join(_BACKENDS)
-        raise BitFitError(f"{BACKEND_VARIABLE} is '{chosen}'; valid values are {valid}")
+        raise BitFitError(f"{BACKEND_VARIABLE} is '{chosen}'; valid values are {listed(_BACKENDS)}")
     if chosen == "torch":
         return False
-    refusal = _refusal(tensor, columns, most)
+    refusal = _refusal(tensor, dtype, most)
     if refusal is not None and chosen == "triton":
         raise BitFitError(f"{BACKEND_VARIABLE} is 'triton', but {refusal}")
     return refusal is None

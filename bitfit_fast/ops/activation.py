@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..errors import BitFitError, listed
 from ..kernels._constants import ACTIVATIONS, quantisation
+from ._autograd import as_rows, contiguous, once, shaped
 from ._backend import uses_triton
 
 __all__ = ["ACTIVATIONS", "bias_activation"]
@@ -74,12 +74,13 @@ def backward_definition(
     schema="(Tensor x, Tensor? b, str act, bool few_bits) -> (Tensor, Tensor)",
 )
 def _activation_fwd(x, b, act, few_bits):
+    (b,) = contiguous(b)
     if uses_triton(x):
         from ..kernels import activation as kernel
 
         h, d = kernel.activation_fwd(x, b, act, few_bits)
         return h, x.new_empty(0, dtype=torch.uint8) if d is None else d
-    return forward_definition(x, b, act, few_bits)
+    return contiguous(*forward_definition(x, b, act, few_bits))
 
 
 @_activation_fwd.register_fake
@@ -94,11 +95,12 @@ def _(x, b, act, few_bits):
     schema="(Tensor dh, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
 def _activation_bwd(dh, kept, b, act):
+    (b,) = contiguous(b)
     if uses_triton(dh):
         from ..kernels import activation as kernel
 
         return kernel.activation_bwd(dh, kept, b, act)
-    return backward_definition(dh, kept, b, act)
+    return contiguous(*backward_definition(dh, kept, b, act))
 
 
 @_activation_bwd.register_fake
@@ -110,19 +112,18 @@ def _(dh, kept, b, act):
 class _BiasActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor | None, act: str, few_bits: bool) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         h, d = _activation_fwd(rows, b, act, few_bits)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*((d, None) if few_bits else (x, b)))
         ctx.act = act
-        return h.view(x.shape)
+        return shaped(h, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         kept, b = ctx.saved_tensors
-        columns = dh.shape[-1]
-        dz, db = _activation_bwd(dh.reshape(-1, columns), kept.reshape(-1, columns), b, ctx.act)
+        dz, db = _activation_bwd(as_rows(dh), as_rows(kept), b, ctx.act)
         return (
             dz.view(dh.shape) if ctx.needs_input_grad[0] else None,
             db if ctx.needs_input_grad[1] else None,
@@ -166,4 +167,4 @@ def bias_activation(
         raise BitFitError(f"unknown activation '{act}'; valid ones are {listed(ACTIVATIONS)}")
     if x.numel() == 0:
         return composed(x, b, act)
-    return _BiasActivation.apply(x, b, act, few_bits)
+    return _BiasActivation.apply(x, b, act, few_bits and torch.is_grad_enabled())

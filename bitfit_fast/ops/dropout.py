@@ -72,7 +72,7 @@ def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
     """Return the mask that the PyTorch implementation applies; None without dropout.
 
     Parameters and result as in `kept`, which it is on all devices but the CPU. There it is
-    `random_` of a generator with that seed, 16 bits an element.
+    `random_` of a generator with that seed, of which it takes 32 bits; 16 bits an element.
     """
     if not p:
         return None

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..kernels._constants import MAX_COLUMNS
+from ..kernels._constants import MAX_COLUMNS, keeps_sum
+from ._autograd import as_rows, contiguous, once, shaped
 from ._backend import uses_triton
 from .column_sum import column_sum
 from .dropout import drawn, new_seed
@@ -52,29 +52,32 @@ def forward_definition(
     keeps: bool,
     returns_sum: bool,
 ) -> list[Tensor]:
-    """Compute y, then xhat and rstd, then s with PyTorch operations, as asked for."""
+    """Compute y, s, xhat, mean and rstd with PyTorch operations; of these, what is needed."""
     wide = torch.promote_types(dtype, torch.float32)
     s = x.to(wide)
     if b is not None:
         s = s + b.to(wide)
     if keep is not None:
-        s = torch.where(keep, s / (1 - p), 0)
+        s = torch.where(keep, s, 0).mul_(1 / (1 - p))
     if residual is not None:
         s = s + residual.to(wide)
     total = []
     if returns_sum:
         total = [s.to(dtype, copy=True)]
         s = total[0].to(wide)
-    xhat, _, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, eps)
-    y = xhat * gamma.to(wide)
-    if beta is not None:
-        y += beta.to(wide)
-    return [y.to(dtype), *([xhat.to(dtype), rstd.reshape(-1)] if keeps else []), *total]
+    gamma, beta, shape = gamma.to(wide), None if beta is None else beta.to(wide), s.shape[-1:]
+    if keeps and not keeps_sum(b, residual, p, returns_sum):
+        xhat, _, rstd = torch.native_layer_norm(s, shape, None, None, eps)
+        y = xhat * gamma if beta is None else torch.addcmul(beta, xhat, gamma)
+        return [y.to(dtype), xhat.to(dtype), rstd.reshape(-1)]
+    y, mean, rstd = torch.native_layer_norm(s, shape, gamma, beta, eps)
+    return [y.to(dtype), *total, *([mean.reshape(-1), rstd.reshape(-1)] if keeps else [])]
 
 
 def backward_definition(
     dy: Tensor,
-    xhat: Tensor,
+    kept: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     gamma: Tensor,
     dsum: Tensor | None,
@@ -91,19 +94,31 @@ def backward_definition(
     `dx` is empty where it is `ds` itself.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
-    dy, xhat = dy.to(wide), xhat.to(wide)
-    c = dy * gamma.to(wide)
-    ds = c - c.mean(1, keepdim=True) - xhat * (c * xhat).mean(1, keepdim=True)
-    ds *= rstd[:, None]
+    dy, kept = dy.to(wide), kept.to(wide)
+    shift = torch.zeros_like(rstd) if mean is None else mean
+    scale = torch.ones_like(rstd) if mean is None else rstd
+    ds, dgamma, _ = torch.ops.aten.native_layer_norm_backward(
+        dy,
+        kept,
+        dy.shape[-1:],
+        shift[:, None],
+        scale[:, None],
+        gamma.to(wide),
+        None,
+        [True, needs_dgamma, False],
+    )
+    if mean is None:  # rows of xhat have mean 0 and deviation 1
+        ds *= rstd[:, None]
     if dsum is not None:
         ds += dsum.to(wide)
     dx = ds
     if keep is not None:
-        dx = torch.where(keep, ds / (1 - p), 0)
-    parts = ((needs_dbeta, dy), (needs_db, dx), (needs_dgamma, dy * xhat if needs_dgamma else dy))
-    sums = [part.sum(0) for needed, part in parts if needed]
+        dx = torch.where(keep, ds, 0).mul_(1 / (1 - p))
+    sums = [part.sum(0) for needed, part in ((needs_dbeta, dy), (needs_db, dx)) if needed]
+    if needs_dgamma:
+        sums.append(dgamma)
     return (
-        ds.to(ds_dtype, copy=True),
+        ds.to(ds_dtype),
         dx.to(dx_dtype, copy=True)
         if p or dx_dtype != ds_dtype
         else dy.new_empty(0, dtype=dx_dtype),
@@ -120,7 +135,8 @@ def backward_definition(
 )
 def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     tail = (eps, dtype, keeps, returns_sum)
-    if uses_triton(x, x.shape[1], MAX_COLUMNS):
+    gamma, beta, b = contiguous(gamma, beta, b)
+    if uses_triton(x, dtype, most=MAX_COLUMNS):
         from ..kernels import layer_norm as kernel
 
         return [
@@ -129,45 +145,68 @@ def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, ret
             if out is not None
         ]
     keep = drawn(x.shape[0], x.shape[1], p, seed)
-    return forward_definition(x, gamma, beta, b, residual, p, keep, *tail)
+    outputs = forward_definition(x, gamma, beta, b, residual, p, keep, *tail)
+    return list(contiguous(*outputs))
 
 
 @_layer_norm_fwd.register_fake
 def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     wide = torch.promote_types(dtype, torch.float32)
-    kept = [x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=wide)]
-    total = [x.new_empty(x.shape, dtype=dtype)]
-    return [
-        x.new_empty(x.shape, dtype=dtype),
-        *(kept if keeps else []),
-        *(total if returns_sum else []),
-    ]
+    rows, numbers = (x.shape, dtype), (x.shape[:1], wide)
+    kept = [numbers] * 2 if keeps_sum(b, residual, p, returns_sum) else [rows, numbers]
+    outputs = [rows, *([rows] if returns_sum else []), *(kept if keeps else [])]
+    return [x.new_empty(shape, dtype=dtype) for shape, dtype in outputs]
 
 
 @torch.library.custom_op(
     "bitfit_fast::layer_norm_bwd",
     mutates_args=(),
-    schema="(Tensor dy, Tensor xhat, Tensor rstd, Tensor gamma, Tensor? dsum, float p, "
-    "Tensor? seed, ScalarType ds_dtype, ScalarType dx_dtype, bool needs_dbeta, bool needs_db, "
-    "bool needs_dgamma) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor gamma, Tensor? dsum, "
+    "float p, Tensor? seed, ScalarType ds_dtype, ScalarType dx_dtype, bool needs_dbeta, "
+    "bool needs_db, bool needs_dgamma) -> (Tensor, Tensor, Tensor)",
 )
 def _layer_norm_bwd(
-    dy, xhat, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype, needs_dbeta, needs_db, needs_dgamma
+    dy,
+    kept,
+    mean,
+    rstd,
+    gamma,
+    dsum,
+    p,
+    seed,
+    ds_dtype,
+    dx_dtype,
+    needs_dbeta,
+    needs_db,
+    needs_dgamma,
 ):
     tail = (ds_dtype, dx_dtype, needs_dbeta, needs_db, needs_dgamma)
-    if uses_triton(dy, dy.shape[1], MAX_COLUMNS):
+    (gamma,) = contiguous(gamma)
+    if uses_triton(dy, most=MAX_COLUMNS):
         from ..kernels import layer_norm as kernel
 
-        ds, dx, sums = kernel.layer_norm_bwd(dy, xhat, rstd, gamma, dsum, p, seed, *tail)
+        ds, dx, sums = kernel.layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail)
         # an operation may not return a tensor twice
         return ds, dy.new_empty(0, dtype=dx_dtype) if dx is ds else dx, sums
     keep = drawn(dy.shape[0], dy.shape[1], p, seed)
-    return backward_definition(dy, xhat, rstd, gamma, dsum, p, keep, *tail)
+    return contiguous(*backward_definition(dy, kept, mean, rstd, gamma, dsum, p, keep, *tail))
 
 
 @_layer_norm_bwd.register_fake
 def _(
-    dy, xhat, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype, needs_dbeta, needs_db, needs_dgamma
+    dy,
+    kept,
+    mean,
+    rstd,
+    gamma,
+    dsum,
+    p,
+    seed,
+    ds_dtype,
+    dx_dtype,
+    needs_dbeta,
+    needs_db,
+    needs_dgamma,
 ):
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (
@@ -193,16 +232,15 @@ class _LayerNorm(torch.autograd.Function):
         returns_sum: bool,
         grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        columns = x.shape[-1]
         needs_dx, needs_dgamma, _, needs_db, needs_ds = ctx.needs_input_grad[:5]
         # beta's gradient is a sum of dy, and needs nothing that is computed here
         ctx.keeps = grad and (needs_dx or needs_dgamma or needs_db or needs_ds)
         y, *others = _layer_norm_fwd(
-            x.reshape(-1, columns),
+            as_rows(x),
             gamma,
             beta,
             b,
-            None if residual is None else residual.reshape(-1, columns),
+            None if residual is None else as_rows(residual),
             p,
             seed,
             eps,
@@ -210,15 +248,18 @@ class _LayerNorm(torch.autograd.Function):
             ctx.keeps,
             returns_sum,
         )
-        if ctx.keeps:
-            ctx.save_for_backward(*others[:2], gamma, seed)
+        total = shaped(others[0], x.shape) if returns_sum else None
+        if ctx.keeps and keeps_sum(b, residual, p, returns_sum):
+            ctx.save_for_backward(x if total is None else total, *others[-2:], gamma, seed)
+        elif ctx.keeps:
+            ctx.save_for_backward(others[0], None, others[1], gamma, seed)
         ctx.p = p
         ctx.dtypes = (dtype if residual is None else residual.dtype, x.dtype)
         ctx.set_materialize_grads(False)
-        return y.view(x.shape), others[-1].view(x.shape) if returns_sum else None
+        return shaped(y, x.shape), total
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_dx, needs_dgamma, needs_dbeta, needs_db, needs_ds = ctx.needs_input_grad[:5]
         rest = (None,) * 6
@@ -226,17 +267,18 @@ class _LayerNorm(torch.autograd.Function):
             if dsum is None:
                 return (None,) * 11
             dy = torch.zeros_like(dsum)  # only the sum went on
-        shape, columns = dy.shape, dy.shape[-1]
-        dy = dy.reshape(-1, columns)
+        shape = dy.shape
+        dy = as_rows(dy)
         if not ctx.keeps:
             return (None, None, column_sum(dy), None, None, *rest)
-        xhat, rstd, gamma, seed = ctx.saved_tensors
+        kept, mean, rstd, gamma, seed = ctx.saved_tensors
         ds, dx, sums = _layer_norm_bwd(
             dy,
-            xhat,
+            as_rows(kept),
+            mean,
             rstd,
             gamma,
-            None if dsum is None else dsum.reshape(-1, columns),
+            None if dsum is None else as_rows(dsum),
             ctx.p,
             seed,
             *ctx.dtypes,
@@ -286,8 +328,9 @@ def dropout_add_layer_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute `layer_norm(residual + dropout(x + b))` in one pass.
 
-    For the backward pass it keeps the normalised rows and one number a row; nothing at all
-    where only `beta` trains. It cannot be differentiated twice.
+    For the backward pass it keeps the normalised rows and one number a row, or what is in
+    memory anyway, `x` alone or the sum returned, and two; nothing where only `beta` trains. It
+    cannot be differentiated twice.
 
     Parameters
     ----------
@@ -318,7 +361,8 @@ def dropout_add_layer_norm(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.promote_types(dtype, torch.float32)
     if x.numel() == 0:
-        return composed(x, gamma, beta, b, residual, p, eps, dtype)
+        y, total = composed(x, gamma, beta, b, residual, p, eps, dtype)
+        return y, total if returns_sum else None
     if p and seed is None:
         seed = new_seed(x.device)
     grad = torch.is_grad_enabled()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ._autograd import as_rows, contiguous, once, shaped
 from ._backend import uses_triton
 from .activation import _activation_fwd, backward_definition, bias_activation
 from .column_sum import column_sum
@@ -33,16 +33,17 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None
         )
-        return F.linear(x, w, None if b is None else b.to(x.dtype))
+        out = F.linear(x, w, None if b is None else b.to(x.dtype))
+        return shaped(out, out.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
+        rows = as_rows(dy)
         return (
             None if w is None else dy @ w,
-            None if x is None else rows.t() @ x.reshape(-1, x.shape[-1]),
+            None if x is None else rows.t() @ as_rows(x),
             column_sum(rows) if ctx.needs_input_grad[2] else None,
         )
 
@@ -83,6 +84,7 @@ def linear_activation_bwd_definition(
     schema="(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
 def _linear_activation_bwd(dy, w, kept, b, act):
+    (b,) = contiguous(b)
     if uses_triton(dy):
         from ..kernels import activation
         from ..kernels import linear as kernel
@@ -90,7 +92,7 @@ def _linear_activation_bwd(dy, w, kept, b, act):
         if kernel.beats_vendor(dy, w):
             return kernel.linear_bwd(dy, w, kept, b, act)
         return activation.activation_bwd(dy @ w, kept, b, act)
-    return linear_activation_bwd_definition(dy, w, kept, b, act)
+    return contiguous(*linear_activation_bwd_definition(dy, w, kept, b, act))
 
 
 @_linear_activation_bwd.register_fake
@@ -105,20 +107,21 @@ class _FeedForward(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, act: str, few_bits: bool
     ) -> Tensor:
         z = F.linear(x, w1)
-        h, d = _activation_fwd(z.reshape(-1, z.shape[-1]), b1, act, few_bits)
+        h, d = _activation_fwd(as_rows(z), b1, act, few_bits)
         if any(ctx.needs_input_grad):
             needs_dx = ctx.needs_input_grad[0]
             kept = (d, None) if few_bits else (z, b1)
             ctx.save_for_backward(w1 if needs_dx else None, w2, *kept)
         ctx.act = act
-        return F.linear(h.view(z.shape), w2)
+        out = F.linear(h.view(z.shape), w2)
+        return shaped(out, out.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w1, w2, kept, b1 = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        dz, db = _linear_activation_bwd(rows, w2, kept.reshape(-1, kept.shape[-1]), b1, ctx.act)
+        rows = as_rows(dy)
+        dz, db = _linear_activation_bwd(rows, w2, as_rows(kept), b1, ctx.act)
         dx = None if w1 is None else (dz @ w1).view(*dy.shape[:-1], w1.shape[1])
         return dx, None, db if ctx.needs_input_grad[2] else None, None, None, None
 
@@ -154,4 +157,4 @@ def feed_forward(
     if w1.requires_grad or w2.requires_grad or x.numel() == 0:
         return linear(bias_activation(linear(x, w1), b1, act, few_bits), w2)
     x, w1, w2 = _in_autocast(x, w1, w2)
-    return _FeedForward.apply(x, w1, b1, w2, act, few_bits)
+    return _FeedForward.apply(x, w1, b1, w2, act, few_bits and torch.is_grad_enabled())

@@ -7,6 +7,7 @@ for each kernel: registers, spilled bytes, shared memory.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -48,6 +49,18 @@ def empty(*size, dtype=torch.float32):
     return torch.empty(*size, dtype=dtype, device="meta")
 
 
+def launches_of_row_counts():
+    """Yield what every row count but a GEMM's block of rows shares."""
+    for m in (1, 2, 15, 16, 17, 63, 64):
+        a, v, rstd = empty(m, 768, dtype=torch.bfloat16), empty(768), empty(m)
+        yield f"{m} rows", column_sum.column_sum, (a,)
+        yield f"{m} rows", activation.activation_fwd, (a, v)
+        yield f"{m} rows", activation.activation_bwd, (a, a, v)
+        yield f"{m} rows", layer_norm.layer_norm_fwd, (a, v, v, v, a)
+        yield f"{m} rows", layer_norm.layer_norm_bwd, (a, a, None, rstd, v)
+        yield f"{m} rows", linear.linear_bwd, (a, empty(768, 768, dtype=torch.bfloat16))
+
+
 def launches():
     """Yield a name, a launcher and its arguments for everything that can be launched."""
     seed, offsets = empty(1, dtype=torch.int64), empty(3, dtype=torch.int64)
@@ -71,13 +84,20 @@ def launches():
             tail = f"{at} dropout={p} prenorm={prenorm}"
             arguments = (a, v, v, v, a, p, seed, 1e-5, dtype, True, prenorm)
             yield f"layer_norm_fwd {tail}", layer_norm.layer_norm_fwd, arguments
+        yield f"layer_norm_fwd {at} alone", layer_norm.layer_norm_fwd, (a, v, v)
+        for dgamma in (False, True):
+            arguments = (a, a, rstd, rstd, v)
+            what = f"layer_norm_bwd {at} alone dgamma={dgamma}"
+            needs = {"needs_db": False, "needs_dgamma": dgamma}
+            yield what, functools.partial(layer_norm.layer_norm_bwd, **needs), arguments
             for dgamma in (False, True):
-                arguments = (a, a, rstd, v, a if prenorm else None, p, seed, dtype, dtype)
+                mean, dsum = (rstd, a) if prenorm else (None, None)
+                arguments = (a, a, mean, rstd, v, dsum, p, seed, dtype, dtype)
                 what = f"layer_norm_bwd {tail} dgamma={dgamma}"
                 yield what, layer_norm.layer_norm_bwd, (*arguments, True, True, dgamma)
 
 
-def compiled(capability):
+def compiled(capability, launches):
     """Yield what the assembler says of each kernel that the launches need."""
     driver.set_active(NamedDriver(capability))
     # the log comes with an assembler's run, not from the cache
@@ -91,7 +111,7 @@ def compiled(capability):
         seen.setdefault(built.hash, (self.__name__.strip("_"), built))
 
     JITFunction.run = compile_only
-    for name, launcher, arguments in launches():
+    for name, launcher, arguments in launches:
         known = len(seen)
         launcher(*arguments)
         said = log.getvalue()
@@ -112,8 +132,9 @@ def compiled(capability):
 
 
 def main():
-    """Compile for the architecture named on the command line."""
-    for row in compiled(int(sys.argv[1])):
+    """Compile for the architecture named on the command line, with `rows` for all row counts."""
+    of_rows = sys.argv[2:] == ["rows"]
+    for row in compiled(int(sys.argv[1]), launches_of_row_counts() if of_rows else launches()):
         print(json.dumps(row), flush=True)
 
 

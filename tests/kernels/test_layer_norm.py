@@ -9,6 +9,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import layer_norm
+from bitfit_fast.kernels._constants import keeps_sum
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops.dropout import kept
 
@@ -45,8 +46,15 @@ def pre_norm(given):
 
 
 def forward(given, p=0.0, seed=None, **options):
+    """Return y, s, and what is kept for the backward pass: rows, their mean or None, rstd."""
     parts = [given[name] for name in ("x", "gamma", "beta", "b", "residual")]
-    return layer_norm.layer_norm_fwd(*parts, p, seed, EPS, **options)
+    y, s, xhat, mean, rstd = layer_norm.layer_norm_fwd(*parts, p, seed, EPS, **options)
+    there = keeps_sum(given["b"], given["residual"], p, s is not None)
+    keeps = options.get("keeps", True)
+    assert (xhat is not None) == (keeps and not there)
+    assert (mean is not None) == (keeps and there) and (rstd is not None) == keeps
+    rows = xhat if xhat is not None else given["x"] if s is None else s
+    return y, s, (rows, mean, rstd)
 
 
 def by_pytorch(given, keep, p, normalised, inner, outer):
@@ -82,8 +90,8 @@ def check(given, p=0.0, dtype=None):
     seed = seed_of(2**62 - 1) if p else None
     keep = kept(rows, columns, p, seed) if p else None
     before = {name: t.clone() for name, t in given.items() if t is not None}
-    y, xhat, rstd, s = forward(given, p, seed, dtype=dtype, returns_sum="dsum" in given)
-    backward = (given["dy"], xhat, rstd, given["gamma"], given.get("dsum"), p, seed)
+    y, s, saved = forward(given, p, seed, dtype=dtype, returns_sum="dsum" in given)
+    backward = (given["dy"], *saved, given["gamma"], given.get("dsum"), p, seed)
     ds, dx, sums = layer_norm.layer_norm_bwd(*backward, dx_dtype=inner, needs_dgamma=True)
     assert all(torch.equal(given[name], t) for name, t in before.items())
     assert (s is None) == ("dsum" not in given)
@@ -168,8 +176,8 @@ def test_under_autocast_the_linear_is_in_16_bits_and_the_rest_in_32(low, p):
 )
 def test_each_gradient_is_rounded_to_its_own_dtype_and_summed_before(ds_dtype, dx_dtype, p):
     given, seed = pre_norm(inputs(30, 70)), seed_of(5)
-    _, xhat, rstd, _ = forward(given, p, seed)
-    backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed)
+    _, _, saved = forward(given, p, seed)
+    backward = (given["dy"], *saved, given["gamma"], given["dsum"], p, seed)
     wide = layer_norm.layer_norm_bwd(*backward)
     ds, dx, sums = layer_norm.layer_norm_bwd(*backward, ds_dtype, dx_dtype)
     assert torch.equal(ds, wide[0].to(ds_dtype)) and ds.dtype == ds_dtype
@@ -180,24 +188,24 @@ def test_each_gradient_is_rounded_to_its_own_dtype_and_summed_before(ds_dtype, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_sum_is_pytorchs_own_and_is_normalised_as_rounded(dtype):
     given = {**inputs(30, 70, dtype), "b": None}
-    y, xhat, rstd, s = forward(given, returns_sum=True)
+    y, s, saved = forward(given, returns_sum=True)
     # the interpreter cuts off what the GPU rounds to bf16
     if not (INTERPRETED and dtype == torch.bfloat16):
         assert torch.equal(s, given["x"] + given["residual"])
     # so it does not matter whether s was there before
-    of_sum = forward({**given, "x": s, "residual": None})
-    assert all(torch.equal(*pair) for pair in zip((y, xhat, rstd), of_sum))
+    of_sum, _, again = forward({**given, "x": s, "residual": None})
+    assert torch.equal(of_sum, y)
+    assert all(torch.equal(*pair) for pair in zip(saved, again))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("returns_sum", [False, True])
 def test_without_a_backward_pass_nothing_is_kept(p, returns_sum):
     given, options = inputs(21, 40, torch.bfloat16), {"p": p, "seed": seed_of(5)}
-    y, _, _, s = forward(given, **options, returns_sum=returns_sum)
-    again = forward(given, **options, returns_sum=returns_sum, keeps=False)
-    assert torch.equal(again[0], y)
-    assert again[1] is again[2] is None
-    assert torch.equal(again[3], s) if returns_sum else again[3] is s is None
+    y, s, _ = forward(given, **options, returns_sum=returns_sum)
+    again, total, _ = forward(given, **options, returns_sum=returns_sum, keeps=False)
+    assert torch.equal(again, y)
+    assert torch.equal(total, s) if returns_sum else total is s is None
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -205,9 +213,9 @@ def test_the_same_inputs_give_the_same_bits(p):
     given, seed = pre_norm(inputs(150, 33)), seed_of(5)
 
     def both_passes():
-        y, xhat, rstd, s = forward(given, p, seed, returns_sum=True)
-        backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed)
-        return y, xhat, rstd, s, *layer_norm.layer_norm_bwd(*backward, needs_dgamma=True)
+        y, s, saved = forward(given, p, seed, returns_sum=True)
+        backward = (given["dy"], *saved, given["gamma"], given["dsum"], p, seed)
+        return y, s, *saved, *layer_norm.layer_norm_bwd(*backward, needs_dgamma=True)
 
     assert all(torch.equal(*pair) for pair in zip(both_passes(), both_passes()))
 
@@ -216,8 +224,8 @@ def test_the_same_inputs_give_the_same_bits(p):
 @pytest.mark.parametrize("launches", [1, 2])
 def test_only_what_is_needed_is_summed(launches, p, monkeypatch):
     given, seed = pre_norm(inputs(90, 40, torch.bfloat16)), seed_of(5)
-    _, xhat, rstd, _ = forward(given, p, seed)
-    backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed, None, None)
+    _, _, saved = forward(given, p, seed)
+    backward = (given["dy"], *saved, given["gamma"], given["dsum"], p, seed, None, None)
     ds, dx, sums = layer_norm.layer_norm_bwd(*backward, True, True, True)
     if launches == 2:  # as for a wide row
         monkeypatch.setattr(layer_norm, "_MAX_COLUMNS_THREE_SUMS", 39)
@@ -237,11 +245,27 @@ def test_a_row_that_is_too_wide_is_refused():
         forward(inputs(1, 8193))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_alone_keeps_its_input_and_is_as_exact_as_pytorch(dtype):
+    given = {**inputs(40, 96, dtype), "b": None, "residual": None}
+    assert forward(given)[-1][0] is given["x"]
+    check(given)
+    check(
+        {
+            **given,
+            "x": given["x"][::2, ::3],
+            "dy": given["dy"][::2, :32],
+            "gamma": given["gamma"][:32],
+            "beta": None,
+        }
+    )
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_no_rows_give_zero_gradients(p):
     given, seed = pre_norm(inputs(0, 32)), seed_of(5)
-    y, xhat, rstd, s = forward(given, p, seed, returns_sum=True)
-    backward = (given["dy"], xhat, rstd, given["gamma"], given["dsum"], p, seed)
+    y, s, saved = forward(given, p, seed, returns_sum=True)
+    backward = (given["dy"], *saved, given["gamma"], given["dsum"], p, seed)
     ds, dx, sums = layer_norm.layer_norm_bwd(*backward, needs_dgamma=True)
     assert y.shape == s.shape == ds.shape == dx.shape == (0, 32)
     assert torch.equal(sums, torch.zeros(3, 32, device=DEVICE))
@@ -249,8 +273,8 @@ def test_no_rows_give_zero_gradients(p):
 
 def test_no_columns_give_nothing():
     given = inputs(5, 0)
-    y, xhat, rstd, _ = forward(given)
-    found = layer_norm.layer_norm_bwd(given["dy"], xhat, rstd, given["gamma"], needs_dgamma=True)
+    y, _, saved = forward(given)
+    found = layer_norm.layer_norm_bwd(given["dy"], *saved, given["gamma"], needs_dgamma=True)
     assert [t.shape for t in (y, *found)] == [(5, 0)] * 3 + [(3, 0)]
 
 
@@ -260,11 +284,11 @@ def test_both_passes_drop_what_the_definition_drops(shape, p):
     given, seed = inputs(*shape), seed_of(99)
     given.update(residual=None, b=None)
     keep = kept(*shape, p, seed)
-    _, xhat, rstd, s = forward(given, p, seed, returns_sum=True)
+    _, s, saved = forward(given, p, seed, returns_sum=True)
     assert torch.equal(s != 0, keep)
     dsum = torch.full(shape, 100.0, device=DEVICE)
     dy = torch.zeros(shape, device=DEVICE)
-    ds, dx, *_ = layer_norm.layer_norm_bwd(dy, xhat, rstd, given["gamma"], dsum, p, seed)
+    ds, dx, *_ = layer_norm.layer_norm_bwd(dy, *saved, given["gamma"], dsum, p, seed)
     assert torch.equal(ds, dsum)
     assert torch.equal(dx != 0, keep)
 

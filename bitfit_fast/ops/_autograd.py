@@ -1,0 +1,49 @@
+"""What the Functions have in common: rows of tensors, outputs, and derivatives taken once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_rows", "contiguous", "once", "shaped"]
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """Return `[M, N]` of `[..., N]`."""
+    return tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None]
+
+
+def shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return the tensor in another shape, no view of itself to autograd.
+
+    Autograd forbids changing a Function's output in place where it is a view.
+    """
+    return torch.ops.aten._unsafe_view(tensor, shape)
+
+
+def contiguous(*tensors: Any) -> tuple[Any, ...]:
+    """Return the tensors in row-major order, as kernels read vectors and operations promise."""
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a backward pass refuse to be differentiated, with `create_graph` already.
+
+    PyTorch's `once_differentiable` would let a second derivative go missing where the gradient
+    that comes in does not depend on anything.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "bias-only operations cannot be differentiated twice; "
+                "unpatch the model for create_graph=True"
+            )
+        return backward(ctx, *gradients)
+
+    return wrapper

@@ -1,0 +1,124 @@
+"""`BITFIT_FAST_BACKEND`: which implementation runs, and what is said where it cannot."""
+
+import pytest
+import torch
+
+from bitfit_fast.errors import BitFitError
+from bitfit_fast.kernels._constants import MAX_COLUMNS
+from bitfit_fast.kernels._launch import INTERPRETED
+from bitfit_fast.ops import _backend, bias_activation, column_sum, feed_forward, layer_norm, linear
+
+triton = pytest.importorskip("triton", reason="triton is installed on Linux only")
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+OPERATIONS = {
+    "column_sum": column_sum,
+    "bias_activation": bias_activation,
+    "layer_norm": lambda x: layer_norm(x, torch.ones_like(x[0])),
+    # of these the vendor's products are the forward pass, and the kernels are in the backward
+    "linear": lambda x: with_bias(lambda b: linear(x, x, b), x),
+    "feed_forward": lambda x: with_bias(lambda b: feed_forward(x, x, b, x), x),
+}
+
+
+def with_bias(function, x):
+    b = torch.zeros_like(x[0]).requires_grad_()
+    return torch.autograd.grad(function(b).sum(), b)[0]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Collect the kernels that run."""
+    from bitfit_fast.kernels import activation, layer_norm
+    from bitfit_fast.kernels import column_sum as sums
+
+    names = []
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def run(*args):
+            names.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    spy(sums, "column_sum")
+    for kernel in ("activation_fwd", "activation_bwd"):
+        spy(activation, kernel)
+    for kernel in ("layer_norm_fwd", "layer_norm_bwd"):
+        spy(layer_norm, kernel)
+    return names
+
+
+def refused(monkeypatch, run, *parts, chosen="triton"):
+    """Assert that a run is refused in one sentence that holds these parts."""
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, chosen)
+    with pytest.raises(BitFitError) as raised:
+        run()
+    message = str(raised.value)
+    for part in (_backend.BACKEND_VARIABLE, f"'{chosen}'", *parts):
+        assert part in message
+    assert "\n" not in message and not message.endswith(".") and ". " not in message
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_variable_chooses(operation, launched, monkeypatch):
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "torch")
+    expected = OPERATIONS[operation](torch.eye(4, device=DEVICE))
+    assert not launched
+    for chosen in ("triton", "auto", ""):
+        monkeypatch.setenv(_backend.BACKEND_VARIABLE, chosen)
+        found = OPERATIONS[operation](torch.eye(4, device=DEVICE))
+        assert launched
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        launched.clear()
+    monkeypatch.delenv(_backend.BACKEND_VARIABLE)
+    OPERATIONS[operation](torch.eye(4, device=DEVICE))
+    assert launched
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_unknown_value_is_named_with_the_valid_ones(operation, monkeypatch):
+    x = torch.eye(4, device=DEVICE)
+    valid = ("auto", "triton", "torch")
+    refused(monkeypatch, lambda: OPERATIONS[operation](x), *valid, chosen="cuda")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_float64_has_no_kernels(operation, launched, monkeypatch):
+    x = torch.eye(4, dtype=torch.float64, device=DEVICE)
+    refused(monkeypatch, lambda: OPERATIONS[operation](x), "float64", "float32")
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
+    assert OPERATIONS[operation](x).dtype == torch.float64
+    assert not launched
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_cpu_has_no_kernels_without_the_interpreter(operation, launched, monkeypatch):
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    x = torch.eye(4)
+    refused(monkeypatch, lambda: OPERATIONS[operation](x), "cpu", "TRITON_INTERPRET=1")
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
+    OPERATIONS[operation](x)
+    assert not launched
+
+
+def test_wider_rows_than_a_kernel_holds_are_the_definitions(launched, monkeypatch):
+    x = torch.ones(1, MAX_COLUMNS + 1, device=DEVICE)
+    run = OPERATIONS["layer_norm"]
+    refused(monkeypatch, lambda: run(x), str(MAX_COLUMNS + 1), str(MAX_COLUMNS))
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
+    run(x)
+    assert not launched
+    run(x[:, 1:])
+    assert launched == ["layer_norm_fwd"]
+
+
+def test_without_triton_the_definitions_run(launched, monkeypatch):
+    monkeypatch.setattr(_backend, "_has_triton", lambda: False)
+    x = torch.eye(4, device=DEVICE)
+    refused(monkeypatch, lambda: column_sum(x), "triton is not installed")
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
+    column_sum(x)
+    assert not launched
