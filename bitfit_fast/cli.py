@@ -195,7 +195,11 @@ def train(
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="auto, or reference for plain PyTorch.", rich_help_panel=RUN)
+        str,
+        typer.Option(
+            help="reference for plain PyTorch, modules for bias-only modules, or auto.",
+            rich_help_panel=RUN,
+        ),
     ] = "auto",
     device: Device = "auto",
 ) -> None:

@@ -213,7 +213,7 @@ TRAIN_REFUSALS = {
     "malformed layers": (("--layers", "one"), ("one", "0-5,11")),
     "terms of another method": (("--method", "full", "--terms", "query"), ("full",)),
     "frozen without head": (("--method", "frozen", "--no-head"), ("head",)),
-    "unknown backend": (("--backend", "warp"), ("warp", "auto, reference")),
+    "unknown backend": (("--backend", "warp"), ("warp", "auto, reference, modules")),
     "unknown device": (("--device", "tpu9"), ("tpu9", "auto, cpu, cuda")),
     "unknown schedule": (("--schedule", "cosine"), ("cosine", "linear, constant")),
     "unknown precision": (("--precision", "int8"), ("int8", "fp32, bf16")),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Collate
 from ..errors import BitFitError, listed
 from ..selection import Selection
+from .modules import ModulesBackend
 from .reference import ReferenceBackend
 from .settings import Plan
 
@@ -51,10 +52,11 @@ class Backend(Protocol):
         Asked before the model moves to `plan.device`.
         """
 
-    def patch(self, model: nn.Module, selection: Selection) -> Callable[[], None]:
+    def patch(self, model: nn.Module, selection: Selection) -> tuple[Callable[[], None], str]:
         """Make the model fast, in place, with the same parameters and outputs.
 
-        Returns what undoes it, which is called however training ends.
+        Returns what undoes it, which is called however training ends, and what to tell the
+        user of it.
         """
 
     def collate(self, tokenizer: Any, plan: Plan) -> Collate:
@@ -69,7 +71,9 @@ class Backend(Protocol):
 
 
 #: By name, the one to be preferred first.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (ReferenceBackend(), ModulesBackend())
+}
 
 
 def choose_backend(name: str, model: nn.Module, selection: Selection, plan: Plan) -> Backend:

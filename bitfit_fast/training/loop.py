@@ -209,8 +209,10 @@ class _Run:
         _name_outputs(self.model, self.data)
         align_weights(self.model)
         self.model.to(self.device)
-        undo = self.backend.patch(self.model, self.selection)
+        undo, said = self.backend.patch(self.model, self.selection)
         try:
+            if self.console and said:
+                self.console.print(said)
             self.model.train()
             return self._fit(resume)
         finally:

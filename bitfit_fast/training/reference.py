@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Collate, pad
-from ..selection import Selection
+from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
 
 __all__ = ["ReferenceBackend", "ReferenceStep"]
@@ -30,10 +30,9 @@ class ReferenceStep:
         Learning rate, precision and clipping.
     """
 
-    no_gradient: frozenset[str] = frozenset()
-
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
+        self.no_gradient: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=plan.lr, weight_decay=0.0)
         self.steps = 0
@@ -81,9 +80,9 @@ class ReferenceBackend:
         """Return why this backend cannot train the model, or None: it always can."""
         return None
 
-    def patch(self, model: nn.Module, selection: Selection) -> Callable[[], None]:
+    def patch(self, model: nn.Module, selection: Selection) -> tuple[Callable[[], None], str]:
         """Leave the model as it is."""
-        return lambda: None
+        return lambda: None, ""
 
     def collate(self, tokenizer: Any, plan: Plan) -> Collate:
         """Pad each batch to its longest example."""

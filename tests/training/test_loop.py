@@ -1,5 +1,6 @@
 """The loop: what it writes, when it stops, and how it goes on."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -398,7 +399,7 @@ def test_a_backend_is_asked_patched_and_undone_however_training_ends(bert_folder
 
         def patch(self, model, selection):
             calls.append("patch")
-            return lambda: calls.append("undo")
+            return lambda: calls.append("undo"), ""
 
         def step(self, model, plan):
             raise KeyboardInterrupt
@@ -407,6 +408,29 @@ def test_a_backend_is_asked_patched_and_undone_however_training_ends(bert_folder
     with pytest.raises(KeyboardInterrupt):
         bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS)
     assert calls == [("refusal", "cpu", 8), "patch", "undo"]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_bias_only_modules_train_to_the_same_model(bert_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITFIT_FAST_BACKEND", "torch")
+    ends = {}
+    for backend in ("reference", "modules"):
+        model, tokenizer = fresh(bert_folder)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        kinds = [type(module) for module in model.modules()]
+        settings = dataclasses.replace(SETTINGS, backend=backend)
+        summary = bitfit_fast.train(model, tokenizer, DATA, settings, tmp_path / backend)
+        assert [type(module) for module in model.modules()] == kinds
+        read = bitfit_fast.read(tmp_path / backend / "model.safetensors")
+        ends[backend] = summary["final"]["validation"], read
+    (scores, one), (others, two) = ends.values()
+    assert others["loss"] == pytest.approx(scores["loss"], rel=1e-4)
+    assert one.header.terms == two.header.terms and set(one.tensors) == set(two.tensors)
+    for name in one.tensors:
+        if ".key." not in name:
+            torch.testing.assert_close(two.tensors[name], one.tensors[name], rtol=1e-3, atol=1e-4)
 
 
 KILLED = """

@@ -1,0 +1,30 @@
+"""The reference step on a model with bias-only modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from ..patching import patch, unpatch
+from ..selection import WEIGHTS, Selection
+from .reference import ReferenceBackend
+from .settings import Plan
+
+__all__ = ["ModulesBackend"]
+
+
+class ModulesBackend(ReferenceBackend):
+    """Drop-in modules with fused operations; padded batches, autograd, AdamW as before."""
+
+    name = "modules"
+
+    def refusal(self, model: nn.Module, selection: Selection, plan: Plan) -> str | None:
+        """Return why drop-ins would not help, or None."""
+        return "its weights train" if WEIGHTS in selection.counts else None
+
+    def patch(self, model: nn.Module, selection: Selection) -> tuple[Callable[[], None], str]:
+        """Replace linear layers and LayerNorms with frozen weights."""
+        done = patch(model, selection)
+        return partial(unpatch, model), str(done)
