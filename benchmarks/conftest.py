@@ -1,0 +1,163 @@
+"""One run: its options, its time limit, and the file of results that grows with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# pytest imports these files by path, and finds their neighbours nowhere
+sys.path.insert(0, str(Path(__file__).parent))
+
+from micro import Settings, copy_rate, measure, product_rate
+from operations import OPERATIONS
+
+from bitfit_fast.files import to_json, write_text
+from bitfit_fast.training.measure import commit, device_name
+
+#: Set to 1, it makes a run that only shows that everything works.
+QUICK = os.environ.get("BITFIT_FAST_QUICK") == "1"
+PATH = pytest.StashKey[Path]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add this run's options."""
+    group = parser.getgroup("bitfit_fast")
+    folder = Path(__file__).parent / "results"
+    group.addoption(
+        "--results-dir", type=Path, default=folder, help="folder of kernels-DEVICE.json"
+    )
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=225.0,
+        help="no group starts later than this; the results name those left out",
+    )
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Run:
+    """Measures each group once, when its first row is asked for, and writes all of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.start = time.monotonic()
+        self.seconds = config.getoption("--seconds")
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda" if cuda else "cpu")
+        dtype = torch.bfloat16 if cuda else torch.float32
+        seconds, rounds = (0.0, 3) if QUICK else (0.15, 10 if cuda else 7)
+        self.settings = Settings(device, dtype, seconds, rounds, QUICK)
+        seed = torch.seed()
+        # the product first: it also wakes the device up
+        products, copies = product_rate(self.settings), copy_rate(self.settings)
+        self.limits = (copies, products)
+        name = device_name(device)
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if cuda else "cpu"
+        self.path = config.getoption("--results-dir") / f"kernels-{slug}.json"
+        # a copy of the sources has no history to ask
+        at = os.environ.get("BITFIT_FAST_COMMIT") or commit() or ""
+        packages = ("torch", "triton", "transformers", "liger_kernel")
+        self.results: dict[str, Any] = {
+            "command": " ".join(["pytest", *config.invocation_params.args]),
+            "commit": at.removesuffix("-dirty") or None,
+            "dirty": at.endswith("-dirty") if at else None,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": name,
+            "driver": _driver() if cuda else None,
+            "versions": {
+                "python": platform.python_version(),
+                "cuda": torch.version.cuda,
+                **{package: _version(package) for package in packages},
+            },
+            "dtype": str(dtype).removeprefix("torch."),
+            "quick": QUICK,
+            "seed": seed,
+            "compile": self.settings.compiler,
+            "clock": "CUDA events" if cuda else "perf_counter",
+            "copy_gb_s": round(copies / 1e9, 2),
+            "product_tflop_s": round(products / 1e12, 4),
+            "finished": False,
+            "seconds": 0.0,
+            "skipped": [],
+            "rows": [],
+        }
+        self.groups: dict[tuple[str, int, int], dict[tuple[str, str], dict[str, Any]]] = {}
+
+    def row(
+        self, operation: str, direction: str, tokens: int, width: int, variant: str
+    ) -> dict[str, Any] | None:
+        """Return one row with its samples; None for a group left out."""
+        group = (operation, tokens, width)
+        if group not in self.groups:
+            self.groups[group] = self._measure(*group)
+        return self.groups[group].get((direction, variant))
+
+    def _measure(
+        self, operation: str, tokens: int, width: int
+    ) -> dict[tuple[str, str], dict[str, Any]]:
+        named = {"operation": operation, "tokens": tokens, "width": width}
+        found = []
+        if time.monotonic() - self.start > self.seconds:
+            self.results["skipped"].append({**named, "why": "no time left"})
+        else:
+            try:
+                found = measure(OPERATIONS[operation], tokens, width, self.settings, self.limits)
+            except Exception as failure:  # said once, and the other groups go on
+                self.groups[operation, tokens, width] = {}
+                self.results["skipped"].append({**named, "why": repr(failure)[:300]})
+                raise
+        kept = [{k: v for k, v in row.items() if k != "samples_ms"} for row in found]
+        self.results["rows"] += kept
+        self.write()
+        return {(row["direction"], row["variant"]): row for row in found}
+
+    def write(self) -> None:
+        """Write the results so far."""
+        self.results["seconds"] = round(time.monotonic() - self.start, 1)
+        head = to_json({k: v for k, v in self.results.items() if k != "rows"}, indent=2)
+        # a line for each row
+        rows = ",\n".join(f"    {to_json(row)}" for row in self.results["rows"])
+        write_text(self.path, f'{head[:-2]},\n  "rows": [\n{rows}\n  ]\n}}\n')
+
+
+@pytest.fixture(scope="session")
+def run(request: pytest.FixtureRequest) -> Any:
+    """Give the run to its tests, and note its end."""
+    run = Run(request.config)
+    yield run
+    # an interrupt comes here too
+    cases = (item.callspec.params["case"] for item in request.session.items)
+    run.results["finished"] = {(c[0], c[2], c[3]) for c in cases} <= run.groups.keys()
+    run.write()
+    request.config.stash[PATH] = run.path
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say where the results are."""
+    if PATH in config.stash:
+        terminalreporter.write_line(f"results: {config.stash[PATH]}")

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Tests, kernel benchmarks and their picture, in eight minutes, from the checkout alone.
+#
+#     benchmarks/gpu.sh [OUT_DIR]
+#
+# OUT_DIR is $OUT, or else benchmarks/results. Leaves gpu-tests.log, gpu-tests.xml,
+# gpu-benchmarks.log, kernels-DEVICE.json and kernels-DEVICE.png there. Goes on when a part
+# fails, and fails at the end. Nothing is installed or fetched; without a GPU it runs smaller
+# sizes, and with BITFIT_FAST_QUICK=1 it only shows that everything works. PYTHON names the
+# interpreter, and BITFIT_FAST_COMMIT the commit where the checkout has no history.
+set -u -o pipefail
+
+here=$(cd "$(dirname "$0")/.." && pwd) || exit 1
+out=${1:-${OUT:-$here/benchmarks/results}}
+mkdir -p "$out" || exit 1
+out=$(cd "$out" && pwd)
+cd "$here" || exit 1
+python=${PYTHON:-python3}
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# it would time the kernels in Triton's interpreter
+unset TRITON_INTERPRET
+failed=()
+
+part() { # name, seconds, command: its end goes to the screen
+    local name=$1 limit=$2
+    shift 2
+    local began=$SECONDS status=0
+    # what an interrupt does not stop is killed
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$out/gpu-$name.log" 2>&1 || status=$?
+    tail -n 5 "$out/gpu-$name.log"
+    echo "== $name: exit status $status after $((SECONDS - began)) s"
+    [ "$status" -eq 0 ] || failed+=("$name")
+}
+
+# compiling ahead of time needs no GPU, and takes a minute of the eight
+tests=()
+if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
+    tests=(tests/kernels/test_dropout.py)
+else
+    for folder in tests/kernels tests/ops tests/modules tests/models; do
+        [ -d "$folder" ] && tests+=("$folder")
+    done
+    tests+=(--ignore=tests/kernels/test_compile.py)
+fi
+# on a GPU most of their time is compilation, which cores share
+if command -v nvidia-smi >/dev/null && "$python" -c 'import xdist' 2>/dev/null; then
+    tests+=(-n 8)
+fi
+part tests 180 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider --durations=10 \
+    --junitxml="$out/gpu-tests.xml"
+touch "$out/.gpu-began"
+part benchmarks 265 "$python" -m pytest benchmarks -q -p no:cacheprovider --benchmark-only \
+    --benchmark-columns=median,iqr,rounds --results-dir="$out" --seconds=220
+for results in "$out"/kernels-*.json; do
+    if [ "$results" -nt "$out/.gpu-began" ]; then
+        timeout 30 "$python" benchmarks/plot.py "$results" || failed+=(plot)
+    fi
+done
+rm -f "$out/.gpu-began"
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi
