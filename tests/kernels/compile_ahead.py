@@ -24,9 +24,11 @@ from bitfit_fast.kernels import activation, column_sum, layer_norm, linear
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (384, 768, 1024, 4096)
-#: Misaligned rows, and sizes of 1, of which a launch makes constants.
+#: Sizes of 1, of which a launch makes constants, and misaligned rows.
 ODD = ((64, 1), (1, 64), (100, 30))
 ROWS = 8192
+#: Multiprocessors of an H200, by which tiles are chosen.
+PROCESSORS = 132
 
 
 class NamedDriver:
@@ -99,6 +101,8 @@ def launches():
 
 def compiled(capability, launches):
     """Yield what the assembler says of each kernel that the launches need."""
+    for module in (activation, column_sum, layer_norm, linear):
+        module.processors = lambda tensor: PROCESSORS
     driver.set_active(NamedDriver(capability))
     # the log comes with an assembler's run, not from the cache
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
