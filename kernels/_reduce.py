@@ -17,7 +17,8 @@ from ._launch import cdiv, device_guard
 
 __all__ = ["add_partial_rows"]
 
-_BLOCK_P, _BLOCK_N = 32, 64
+# a line of the cache wide; high, because few programs share this work and each waits for its loads
+_BLOCK_P, _BLOCK_N = 128, 32
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -60,6 +61,6 @@ def add_partial_rows(partial: Tensor) -> Tensor:
     grid = (cdiv(columns, _BLOCK_N), segments)
     with device_guard(partial):
         _add_partial_rows_kernel[grid](
-            partial, out, rows, columns, BLOCK_P=_BLOCK_P, BLOCK_N=_BLOCK_N
+            partial, out, rows, columns, BLOCK_P=_BLOCK_P, BLOCK_N=_BLOCK_N, num_warps=8
         )
     return out

@@ -42,8 +42,11 @@ __all__ = ["MAX_COLUMNS", "layer_norm_bwd", "layer_norm_config", "layer_norm_fwd
 _MAX_COLUMNS_THREE_SUMS = 4096
 #: Elements of a tile: 8 a thread of each tensor, one 16-byte load in bf16.
 _TILE = 2048
-#: Programs for each multiprocessor of the backward pass; each writes partial rows.
-_PROGRAMS_PER_PROCESSOR = 2
+#: Programs for each multiprocessor of the backward pass: with 8 KB of loads each, enough to hide
+#: the memory's latency. Each writes partial rows, which stay in the cache.
+_PROGRAMS_PER_PROCESSOR = 4
+#: Rows that one of them should have at least.
+_ROWS_PER_PROGRAM = 4
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -220,11 +223,12 @@ def layer_norm_config(rows: int, columns: int, processors: int) -> dict[str, int
         raise ValueError(f"{columns} columns are more than the {MAX_COLUMNS} that a row may have")
     block_n = max(16, next_power_of_2(columns))
     block_m = max(1, min(16, _TILE // block_n))
+    useful = rows // max(_ROWS_PER_PROGRAM, block_m)
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": max(4, min(16, block_m * block_n // 256)),
-        "P": max(1, min(_PROGRAMS_PER_PROCESSOR * processors, cdiv(rows, block_m))),
+        "P": max(1, min(_PROGRAMS_PER_PROCESSOR * processors, useful)),
     }
 
 

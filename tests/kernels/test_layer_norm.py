@@ -300,4 +300,4 @@ def test_the_configuration_fits_a_row_and_keeps_partial_rows_few(rows, columns):
     assert columns <= config["BLOCK_N"] <= max(16, 2 * columns)
     for size in ("BLOCK_M", "BLOCK_N", "num_warps"):
         assert config[size] & (config[size] - 1) == 0
-    assert 1 <= config["P"] <= min(2 * 132, -(-rows // config["BLOCK_M"]))
+    assert 1 <= config["P"] <= max(1, min(4 * 132, rows // 4))
