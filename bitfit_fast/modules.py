@@ -1,8 +1,8 @@
 """Drop-in modules whose backward pass computes bias gradients and no weight gradient.
 
 Each is a subclass of what it replaces, with the same parameters: `bitfit_fast.patch` changes
-the class of a module and nothing else, so its names, state-dict keys, hooks and whoever holds
-it stay as they are.
+the class of a module in place, so its names, state-dict keys, hooks and whoever holds it stay
+as they are.
 
 Where a family's row in the table says so, a linear layer leaves its bias to what follows: it
 returns a `Deferred`, which the model's own code drops out and adds to the residual, and which
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from . import ops
+from .ops.dropout import dropout, new_seed
 
 __all__ = ["Deferred", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
 
@@ -28,7 +29,7 @@ class Deferred:
     """`residual + dropout(x + b)`, not yet computed, in the place of a tensor.
 
     Dropout and the addition of a residual are taken note of. Everything else gets the
-    tensor, computed then.
+    tensor, computed then, and however often it is computed dropout drops the same.
 
     Parameters
     ----------
@@ -38,24 +39,29 @@ class Deferred:
         `[N]`.
     p : float
         Probability of dropping an element, 0 in evaluation mode.
+    seed : Tensor, optional
+        `[1]` int64, of dropout; needed with `p > 0`.
     residual : Tensor, optional
         Of the shape of `x`.
     """
 
-    def __init__(self, x: Tensor, b: Tensor, p: float = 0.0, residual: Tensor | None = None):
-        self._x, self._b, self._p, self._residual = x, b, p, residual
+    def __init__(
+        self,
+        x: Tensor,
+        b: Tensor,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        self._x, self._b, self._p, self._seed, self._residual = x, b, p, seed, residual
         self._tensor: Tensor | None = None
-        self._used = False
 
     def tensor(self) -> Tensor:
         """Return the tensor; computed once."""
         if self._tensor is None:
-            if self._used:
-                raise RuntimeError(
-                    "the input of a fused LayerNorm was used a second time, as in a pre-norm "
-                    "layer; set pre_norm in the model family's row, or patch with fuse=False"
-                )
-            tensor = F.dropout(self._x + self._b.to(self._x.dtype), self._p)
+            tensor = self._x + self._b.to(self._x.dtype)
+            if self._seed is not None:
+                tensor = dropout(tensor, self._p, self._seed)
             self._tensor = tensor if self._residual is None else tensor + self._residual
         return self._tensor
 
@@ -69,8 +75,8 @@ class Deferred:
         self, gamma: Tensor, beta: Tensor | None, eps: float, used_again: bool
     ) -> Tensor:
         """Return its LayerNorm in one pass; `used_again` keeps the tensor itself as well."""
-        if self._tensor is not None or self._used:
-            return ops.layer_norm(self.tensor(), gamma, beta, eps)
+        if self._tensor is not None:
+            return ops.layer_norm(self._tensor, gamma, beta, eps)
         y, self._tensor = ops.dropout_add_layer_norm(
             self._x,
             gamma,
@@ -79,20 +85,27 @@ class Deferred:
             self._residual,
             self._p,
             eps,
+            self._seed,
             returns_sum=used_again,
         )
-        self._used = True
         return y
 
     @property
     def _open(self) -> bool:
-        """Whether dropout and residual may still be taken note of."""
-        return self._tensor is None and not self._used and self._residual is None
+        """Whether a residual may still be taken note of."""
+        return self._tensor is None and self._residual is None
+
+    def _dropped(self, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        if not training or not p:
+            return self
+        if not self._open or self._p or not 0 < p < 1:
+            return F.dropout(self.tensor(), p, training)
+        return Deferred(self._x, self._b, p, new_seed(self._x.device))
 
     def _plus(self, other: Any) -> Any:
         other = _materialised(other)
         if self._open and isinstance(other, Tensor) and other.shape == self._x.shape:
-            return Deferred(self._x, self._b, self._p, other)
+            return Deferred(self._x, self._b, self._p, self._seed, other)
         return self.tensor() + other
 
     def __add__(self, other: Any) -> Any:
@@ -116,10 +129,10 @@ class Deferred:
     def reshape(self, *shape: Any) -> Any:
         """Reshape; leading dimensions change nothing about what is to be computed."""
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if self._tensor is not None or self._used or sizes[-1] != self._x.shape[-1]:
+        if self._tensor is not None or not sizes or sizes[-1] != self._x.shape[-1]:
             return self.tensor().reshape(*shape)
         residual = None if self._residual is None else self._residual.reshape(*shape)
-        return Deferred(self._x.reshape(*shape), self._b, self._p, residual)
+        return Deferred(self._x.reshape(*shape), self._b, self._p, self._seed, residual)
 
     def __getattr__(self, name: str) -> Any:
         # without this, an object that has no fields yet would look for them here for ever
@@ -133,12 +146,8 @@ class Deferred:
     ) -> Any:
         """Take note of dropout and additions; give everything else the tensor."""
         kwargs = kwargs or {}
-        first = args[0] if args else None
-        if func is F.dropout and isinstance(first, Deferred) and first._open and not first._p:
-            options = dict(zip(("p", "training", "inplace"), args[1:])) | kwargs
-            p = options.get("p", 0.5) if options.get("training", True) else 0.0
-            if p < 1:
-                return Deferred(first._x, first._b, p)
+        if func is F.dropout and args and isinstance(args[0], Deferred):
+            return args[0]._dropped(*args[1:], **kwargs)
         if func in _ADDITIONS and len(args) == 2 and not kwargs:
             left, right = args
             # not by the operator, which the compiler would bring here again
@@ -150,6 +159,24 @@ class Deferred:
 _ADDITIONS = (operator.add, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
 
+def _of_tensor(name: str) -> Any:
+    def method(self: Deferred, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*map(_materialised, args))
+
+    return method
+
+
+# Python looks for operators on the class, where `__getattr__` is not asked
+for _name in (
+    *("sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod"),
+    *("pow", "rpow", "matmul", "rmatmul", "neg", "pos", "abs", "invert", "and", "or", "xor"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len", "iter", "contains"),
+    *("bool", "int", "float", "index"),
+):
+    setattr(Deferred, f"__{_name}__", _of_tensor(f"__{_name}__"))
+Deferred.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
 def _materialised(value: Any) -> Any:
     return value.tensor() if isinstance(value, Deferred) else value
 
@@ -158,8 +185,10 @@ class Linear(nn.Linear):
     """`nn.Linear` that keeps no input of a frozen weight and sums up its bias gradient itself."""
 
     _replaces = nn.Linear
-    #: Whether what follows adds the bias.
-    _defers = False
+    #: The modules that a deferred output passes, where what follows adds the bias; and whether
+    #: it leaves the one that this layer is in.
+    _passes: tuple[nn.Module, ...] = ()
+    _leaves = False
 
     def forward(self, x: Tensor) -> Any:
         """Return `[..., N]` of `[..., K]`; a `Deferred` where the bias is left to a successor."""
@@ -178,8 +207,24 @@ class LayerNorm(nn.LayerNorm):
         return _layer_norm(self, x, self.eps)
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def _linear(module: Any, x: Tensor, w: Tensor) -> Any:
-    if module._defers and not module._forward_hooks:
+    passes = module._passes
+    # hooks are written for tensors, and re-entrant checkpointing, which runs a module without
+    # gradients and then again with them, hands on nothing but tensors
+    if (
+        passes
+        and not any(_hooked(m) for m in (module, *passes))
+        and not (module._leaves and module.bias.requires_grad and not torch.is_grad_enabled())
+    ):
         return Deferred(ops.linear(x, w), module.bias)
     return ops.linear(x, w, module.bias)
 
@@ -193,7 +238,8 @@ def _layer_norm(module: Any, x: Any, eps: float) -> Tensor:
 class _TransposedLinear:
     """GPT-2's `Conv1D`: a linear layer with its weight the other way round."""
 
-    _defers = False
+    _passes: tuple[nn.Module, ...] = ()
+    _leaves = False
 
     def forward(self, x: Tensor) -> Any:
         return _linear(self, _materialised(x), self.weight.t())  # type: ignore[attr-defined]
@@ -217,8 +263,7 @@ class _Activation:
     def forward(self, x: Any) -> Tensor:
         if isinstance(x, Deferred):
             act = activation_name(self)  # type: ignore[arg-type]
-            assert act is not None
-            return x.activated(act, self._few_bits)
+            return x.activated(str(act), self._few_bits)
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -248,8 +293,11 @@ def activation_name(module: nn.Module) -> str | None:
     kind = original(module)
     if kind is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    ours = kind.__module__.startswith(("torch.", "transformers."))
-    return _ACTIVATIONS.get(kind.__name__) if ours else None
+    return _ACTIVATIONS.get(kind.__name__) if _is_known(kind) else None
+
+
+def _is_known(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith(("torch.", "transformers."))
 
 
 #: Drop-ins by the class that they replace; those of `_ALIKE` and of activations come on demand.
@@ -258,13 +306,25 @@ _DROP_INS: dict[type[nn.Module], Any] = {nn.Linear: Linear, nn.LayerNorm: LayerN
 
 def drop_in(kind: type[nn.Module]) -> Any:
     """Return the drop-in for modules of exactly this class, a subclass of it, or None."""
+    if "_replaces" in vars(kind):
+        return None
     if kind not in _DROP_INS:
         mixin = _ALIKE.get(f"{kind.__module__}.{kind.__qualname__}")
-        if mixin is None and (kind is nn.GELU or kind.__name__ in _ACTIVATIONS):
+        if kind is nn.GELU or (kind.__name__ in _ACTIVATIONS and _is_known(kind)):
             mixin = _Activation
-        fields = {"__module__": __name__, "_replaces": kind}
+        fields = {"__module__": __name__, "_replaces": kind, "__reduce_ex__": _reduced}
         _DROP_INS[kind] = mixin and type(kind.__name__, (mixin, kind), fields)
     return _DROP_INS[kind]
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Tell copiers how to make a module whose class has no place to be found in."""
+    return _made, (original(module),), vars(module)
+
+
+def _made(kind: type[nn.Module]) -> nn.Module:
+    made = drop_in(kind)
+    return made.__new__(made)
 
 
 def original(module: nn.Module) -> type[nn.Module]:

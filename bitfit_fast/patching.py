@@ -6,18 +6,25 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import BitFitError, BitFitWarning, listed
 from .models.families import biases, family_of, fused_pairs
-from .modules import activation_name, drop_in, original
+from .modules import LayerNorm, activation_name, drop_in, original
 from .selection import NO_GRADIENT, Selection
 
 __all__ = ["Patched", "patch", "unpatch"]
 
-#: Attribute of a patched model: what `unpatch` gives `requires_grad` back to.
+#: Attribute of a patched model and of every module in it that got a drop-in.
 _PATCHED = "_bitfit_fast_patched"
+
+#: Everything that `patch` sets on modules.
+_FIELDS = (NO_GRADIENT, _PATCHED, "_passes", "_leaves", "_used_again", "_few_bits")
+
+#: Modules that hold a model, and its parameters' `requires_grad`, as they found it.
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,9 @@ class Patched:
             reasons.setdefault(reason, []).append(name)
         lines += [f"left {listed(names, 3)}: {reason}" for reason, names in reasons.items()]
         if self.no_gradient:
-            lines.append(
-                f"{len(self.no_gradient)} key biases have a gradient of zero, which is not computed"
-            )
+            count = len(self.no_gradient)
+            biases = "key bias has" if count == 1 else "key biases have"
+            lines.append(f"{count} {biases} a gradient of zero, which is not computed")
         return "\n".join(lines)
 
 
@@ -76,8 +83,11 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
         return f"there is no drop-in for {type(module).__name__}"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return "it normalises more than the last dimension"
-    if getattr(module, "weight", None) is None:
+    weight = getattr(module, "weight", None)
+    if weight is None:
         return "it has no weight"
+    if type(weight.data) is not torch.Tensor or not weight.is_floating_point():
+        return f"its weight is a {type(weight.data).__name__} of {weight.dtype}"
     return None
 
 
@@ -91,6 +101,31 @@ def _replaceable(name: str, module: nn.Module) -> bool:
     )
 
 
+def _around(name: str) -> dict[str, None]:
+    """Return the names of a module and of those around it."""
+    path = name.split(".")
+    return dict.fromkeys(".".join(path[:end]) for end in range(1, len(path) + 1))
+
+
+def _passed(modules: dict[str, nn.Module], linear: str, taker: str) -> tuple[nn.Module, ...]:
+    """Return the modules that the output of one passes on its way into the other.
+
+    Those are the ones around either but not both, and the dropouts beside them.
+    """
+    around = [_around(name) for name in (linear, taker)]
+    passed = [
+        name for name in {**around[0], **around[1]} if (name in around[0]) != (name in around[1])
+    ]
+    beside = {name.rpartition(".")[0] for name in (linear, taker)}
+    dropouts = [
+        child
+        for parent in sorted(beside)
+        for child in modules[parent].children()
+        if isinstance(child, nn.Dropout)
+    ]
+    return (*(modules[name] for name in passed if name != linear), *dropouts)
+
+
 def patch(
     model: nn.Module,
     selection: Selection | None = None,
@@ -99,9 +134,10 @@ def patch(
 ) -> Patched:
     """Give every linear layer and LayerNorm with a frozen weight its bias-only drop-in, in place.
 
-    Only the classes of modules change: parameters, names, state dict, hooks, dtype, device and
-    training mode stay. Selected key biases whose gradient is identically zero stop requiring
-    one, so that neither autograd nor a data-parallel wrapper waits for it.
+    Modules change their class and stay where they are: parameters, names, state dict, hooks,
+    dtype, device and training mode are the same. Selected key biases whose gradient is
+    identically zero stop requiring one, so that neither autograd nor a data-parallel wrapper
+    waits for it.
 
     Parameters
     ----------
@@ -123,14 +159,17 @@ def patch(
     Raises
     ------
     BitFitError
-        If the model is patched already.
+        If the model or a part of it is patched already, or wrapped: patch it before
+        `torch.compile` and `DistributedDataParallel`.
 
     Warns
     -----
     BitFitWarning
         If a module with a trained bias stays as it was.
     """
-    if hasattr(model, _PATCHED):
+    if hasattr(model, "_orig_mod") or isinstance(model, _WRAPPERS):
+        raise BitFitError(f"patch the model before it is wrapped in {type(model).__name__}")
+    if any(_PATCHED in vars(module) for module in model.modules()):
         raise BitFitError("the model is patched already; unpatch it first")
     selection = selection or Selection.of(model)
     modules = dict(model.named_modules())
@@ -150,13 +189,16 @@ def patch(
     replaced = Counter(type(module).__name__ for module in chosen.values())
     for module in chosen.values():
         module.__class__ = drop_in(type(module))
+        setattr(module, _PATCHED, True)
+        if isinstance(module, LayerNorm):
+            module._used_again = family_of(model).pre_norm
     for linear, taker in pairs:
-        modules[linear]._defers = True
-        if taker in chosen:
-            modules[taker]._used_again = family_of(model).pre_norm
-        elif original(modules[taker]) is type(modules[taker]):
+        modules[linear]._passes = _passed(modules, linear, taker)
+        modules[linear]._leaves = linear.rpartition(".")[0] != taker.rpartition(".")[0]
+        if taker not in chosen and _PATCHED not in vars(modules[taker]):
             modules[taker].__class__ = drop_in(type(modules[taker]))
             modules[taker]._few_bits = few_bits
+            setattr(modules[taker], _PATCHED, True)
     zero = {bias.name for bias in biases(model) if bias.zero_gradient}
     still = {name: p for name, p in model.named_parameters() if name in zero and p.requires_grad}
     no_gradient = tuple(name for name in selection.names if name in still)
@@ -182,12 +224,11 @@ def unpatch(model: nn.Module) -> None:
         Changed in place.
     """
     for module in model.modules():
+        if _PATCHED not in vars(module):
+            continue
         module.__class__ = original(module)
-        for field in ("_defers", "_used_again", "_few_bits"):
+        names: frozenset[str] = vars(module).get(NO_GRADIENT, frozenset())
+        for name in names:
+            module.get_parameter(name).requires_grad_(True)
+        for field in _FIELDS:
             vars(module).pop(field, None)
-    names: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
-    for name, parameter in model.named_parameters():
-        if name in names:
-            parameter.requires_grad_(True)
-    for field in (NO_GRADIENT, _PATCHED):
-        vars(model).pop(field, None)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ACTIVATIONS", "MAX_COLUMNS", "ROUNDS", "keeps_sum", "quantisation", "threshold"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_COLUMNS",
+    "ROUNDS",
+    "keeps_sum",
+    "quantisation",
+    "sum_dtype",
+    "threshold",
+]
 
 #: Range of each activation's derivative, rounded outwards.
 ACTIVATIONS = {
@@ -39,3 +50,8 @@ def keeps_sum(b: Any, residual: Any, p: float, returns_sum: bool) -> bool:
     It is then kept for the backward pass, and the normalised rows are not.
     """
     return returns_sum or (b is None and residual is None and not p)
+
+
+def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """Return the dtype of the sum that LayerNorm normalises, as PyTorch adds."""
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)

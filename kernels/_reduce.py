@@ -30,8 +30,8 @@ def _add_partial_rows_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    segment = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    segment = tl.program_id(0).to(tl.int64)
     in_row = cols < N
     acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float32)
     for first in range(0, P, BLOCK_P):
@@ -55,10 +55,12 @@ def add_partial_rows(partial: Tensor) -> Tensor:
         `[S, N]` fp32.
     """
     segments, rows, columns = partial.shape
+    if rows == 1:
+        return partial[:, 0]
     out = torch.empty(segments, columns, dtype=torch.float32, device=partial.device)
     if out.numel() == 0:
         return out
-    grid = (cdiv(columns, _BLOCK_N), segments)
+    grid = (segments, cdiv(columns, _BLOCK_N))
     with device_guard(partial):
         _add_partial_rows_kernel[grid](
             partial, out, rows, columns, BLOCK_P=_BLOCK_P, BLOCK_N=_BLOCK_N, num_warps=8

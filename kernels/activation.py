@@ -46,7 +46,7 @@ def _value(z, ACT: tl.constexpr):
         t, _ = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
         return 0.5 * z * (1 + t)
     elif ACT == "relu":
-        return tl.maximum(z, 0.0)
+        return tl.where(z <= 0, 0.0, z)  # NaN stays NaN
     elif ACT == "silu":
         return z * tl.sigmoid(z)
     else:
@@ -64,7 +64,7 @@ def _derivative(z, ACT: tl.constexpr):
         slope = 0.7978845608028654 * (1 + 0.134145 * z * z)
         return 0.5 * (1 + t) + 0.5 * z * dt * slope
     elif ACT == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
+        return tl.where(z <= 0, 0.0, 1.0)
     elif ACT == "silu":
         s = tl.sigmoid(z)
         return s * (1 + z * (1 - s))

@@ -45,10 +45,10 @@ def _column_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first_column = tl.program_id(0) * BLOCK_N
+    first_column = tl.program_id(1) * BLOCK_N
     cols = first_column + tl.arange(0, BLOCK_N)
-    share = tl.program_id(1)
-    segment = tl.program_id(2)
+    share = tl.program_id(2)
+    segment = tl.program_id(0)  # the one axis that may have more than 65,535 programs
     in_row = cols < N
     if HAS_OFFSETS:
         first = tl.load(offsets_ptr + segment).to(tl.int64)
@@ -100,7 +100,7 @@ def column_sum(
     partial_rows = config.pop("P")
     partial = torch.empty(segments, partial_rows, columns, dtype=torch.float32, device=dy.device)
     if partial.numel():
-        grid = (cdiv(columns, config["BLOCK_N"]), partial_rows, segments)
+        grid = (segments, cdiv(columns, config["BLOCK_N"]), partial_rows)
         with device_guard(dy):
             _column_sum_kernel[grid](
                 dy,

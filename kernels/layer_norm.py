@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._constants import MAX_COLUMNS, keeps_sum, threshold
+from ._constants import MAX_COLUMNS, keeps_sum, sum_dtype, threshold
 from ._dropout import kept
 from ._launch import cdiv, device_guard, next_power_of_2, processors
 from ._reduce import add_partial_rows
@@ -262,7 +262,7 @@ def layer_norm_fwd(
     eps : float
         Added to the variance.
     dtype : torch.dtype, optional
-        Of `y`, `xhat` and `s`; that of `x` by default.
+        Of `y` and `xhat`; that of `x` by default. `s` has that of `x + residual`.
     keeps : bool
         Whether a backward pass will follow.
     returns_sum : bool
@@ -271,14 +271,14 @@ def layer_norm_fwd(
     Returns
     -------
     y, s, xhat, mean, rstd : Tensor
-        `y`, `s` and `xhat` are `[M, N]` in `dtype`, `mean` and `rstd` `[M]` in fp32. `s` is
+        `y`, `s` and `xhat` are `[M, N]`, `mean` and `rstd` `[M]` in fp32. `s` is
         there only where asked for. For a backward pass there are `mean` and `rstd` where
         `keeps_sum`, so that it can take `s` or `x`, and else `xhat` and `rstd`.
     """
     rows, columns = x.shape
 
-    def empty() -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype or x.dtype, device=x.device)
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=x.device)
 
     keeps_mean = keeps and keeps_sum(b, residual, p, returns_sum)
     keeps_xhat = keeps and not keeps_mean
@@ -286,7 +286,9 @@ def layer_norm_fwd(
     def numbers() -> Tensor:
         return torch.empty(rows, dtype=torch.float32, device=x.device)
 
-    y, s, xhat = empty(), empty() if returns_sum else None, empty() if keeps_xhat else None
+    dtype = dtype or x.dtype
+    y, xhat = empty(dtype), empty(dtype) if keeps_xhat else None
+    s = empty(sum_dtype(x, residual)) if returns_sum else None
     mean, rstd = numbers() if keeps_mean else None, numbers() if keeps else None
     config = layer_norm_config(rows, columns, processors(x))
     config.pop("P")

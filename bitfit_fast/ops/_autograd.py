@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "contiguous", "once", "shaped"]
+__all__ = ["as_rows", "contiguous", "in_autocast", "once", "shaped"]
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -28,6 +28,12 @@ def shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
 def contiguous(*tensors: Any) -> tuple[Any, ...]:
     """Return the tensors in row-major order, as kernels read vectors and operations promise."""
     return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def in_autocast(tensor: Tensor) -> bool:
+    """Return whether autocast is on for the tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

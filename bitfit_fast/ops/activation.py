@@ -73,7 +73,7 @@ def backward_definition(
     mutates_args=(),
     schema="(Tensor x, Tensor? b, str act, bool few_bits) -> (Tensor, Tensor)",
 )
-def _activation_fwd(x, b, act, few_bits):
+def activation_fwd(x, b, act, few_bits):
     (b,) = contiguous(b)
     if uses_triton(x):
         from ..kernels import activation as kernel
@@ -83,7 +83,7 @@ def _activation_fwd(x, b, act, few_bits):
     return contiguous(*forward_definition(x, b, act, few_bits))
 
 
-@_activation_fwd.register_fake
+@activation_fwd.register_fake
 def _(x, b, act, few_bits):
     h = x.new_empty(x.shape)
     return h, x.new_empty(x.shape if few_bits else (0,), dtype=torch.uint8)
@@ -94,7 +94,7 @@ def _(x, b, act, few_bits):
     mutates_args=(),
     schema="(Tensor dh, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
-def _activation_bwd(dh, kept, b, act):
+def activation_bwd(dh, kept, b, act):
     (b,) = contiguous(b)
     if uses_triton(dh):
         from ..kernels import activation as kernel
@@ -103,17 +103,22 @@ def _activation_bwd(dh, kept, b, act):
     return contiguous(*backward_definition(dh, kept, b, act))
 
 
-@_activation_bwd.register_fake
+@activation_bwd.register_fake
 def _(dh, kept, b, act):
     wide = torch.promote_types(dh.dtype, torch.float32)
     return dh.new_empty(dh.shape), dh.new_empty(dh.shape[1:], dtype=wide)
+
+
+def keeps_few_bits(x: Tensor, b: Tensor | None) -> bool:
+    """Return whether a backward pass may follow, which the derivative would be kept for."""
+    return torch.is_grad_enabled() and (x.requires_grad or (b is not None and b.requires_grad))
 
 
 class _BiasActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor | None, act: str, few_bits: bool) -> Tensor:
         rows = as_rows(x)
-        h, d = _activation_fwd(rows, b, act, few_bits)
+        h, d = activation_fwd(rows, b, act, few_bits)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*((d, None) if few_bits else (x, b)))
         ctx.act = act
@@ -123,7 +128,7 @@ class _BiasActivation(torch.autograd.Function):
     @once
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         kept, b = ctx.saved_tensors
-        dz, db = _activation_bwd(as_rows(dh), as_rows(kept), b, ctx.act)
+        dz, db = activation_bwd(as_rows(dh), as_rows(kept), b, ctx.act)
         return (
             dz.view(dh.shape) if ctx.needs_input_grad[0] else None,
             db if ctx.needs_input_grad[1] else None,
@@ -167,4 +172,4 @@ def bias_activation(
         raise BitFitError(f"unknown activation '{act}'; valid ones are {listed(ACTIVATIONS)}")
     if x.numel() == 0:
         return composed(x, b, act)
-    return _BiasActivation.apply(x, b, act, few_bits and torch.is_grad_enabled())
+    return _BiasActivation.apply(x, b, act, few_bits and keeps_few_bits(x, b))

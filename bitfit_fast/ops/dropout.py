@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels._constants import ROUNDS, threshold
+from ..kernels._constants import MAX_COLUMNS, ROUNDS, threshold
+from ._autograd import as_rows
+from ._backend import uses_triton
 
-__all__ = ["drawn", "kept", "new_seed"]
+__all__ = ["drawn", "dropout", "kept", "new_seed"]
 
 _LOW = 0xFFFFFFFF
 
@@ -71,8 +73,8 @@ def kept(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
 def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
     """Return the mask that the PyTorch implementation applies; None without dropout.
 
-    Parameters and result as in `kept`, which it is on all devices but the CPU. There it is
-    `random_` of a generator with that seed, of which it takes 32 bits; 16 bits an element.
+    Parameters and result as in `kept`, which it is on all devices but the CPU. There it takes
+    16 bits an element from PyTorch's generator, which keeps 32 bits of the seed.
     """
     if not p:
         return None
@@ -82,3 +84,39 @@ def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
     words = torch.empty(-(-rows * columns // 4), dtype=torch.int64)
     numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)
     return numbers[: rows * columns].view(rows, columns) >= threshold(p) - 32768
+
+
+@torch.library.custom_op(
+    "bitfit_fast::keep_mask",
+    mutates_args=(),
+    schema="(Tensor x, float p, Tensor seed) -> Tensor",
+)
+def _keep_mask(x, p, seed):
+    draw = kept if uses_triton(x, most=MAX_COLUMNS) else drawn
+    return draw(x.shape[0], x.shape[1], p, seed)
+
+
+@_keep_mask.register_fake
+def _(x, p, seed):
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Drop the elements that a fused operation with this seed drops; autograd keeps the mask.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[..., N]`, floating point.
+    p : float
+        Probability of dropping an element, below 1.
+    seed : Tensor
+        `[1]` int64 on the device of `x`.
+
+    Returns
+    -------
+    Tensor
+        Like `x`, scaled by 1 / (1 - p).
+    """
+    mask = _keep_mask(as_rows(x.detach()), p, seed).view(x.shape)
+    return torch.where(mask, x, 0) * (1 / (1 - p))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels._constants import MAX_COLUMNS, keeps_sum
-from ._autograd import as_rows, contiguous, once, shaped
+from ..errors import BitFitError
+from ..kernels._constants import MAX_COLUMNS, keeps_sum, sum_dtype
+from ._autograd import as_rows, contiguous, in_autocast, once, shaped
 from ._backend import uses_triton
-from .column_sum import column_sum
+from .column_sum import bias_gradient
 from .dropout import drawn, new_seed
 
 __all__ = ["dropout_add_layer_norm", "layer_norm"]
@@ -34,9 +35,9 @@ def composed(
 ) -> tuple[Tensor, Tensor]:
     """Compute y and s one step after the other, with PyTorch's autograd and its dropout."""
     s = F.dropout(x if b is None else x + b.to(x.dtype), p)
-    s = (s if residual is None else residual + s).to(dtype)
+    s = s if residual is None else residual + s
     beta = None if beta is None else beta.to(dtype)
-    return F.layer_norm(s, s.shape[-1:], gamma.to(dtype), beta, eps), s
+    return F.layer_norm(s.to(dtype), s.shape[-1:], gamma.to(dtype), beta, eps), s
 
 
 def forward_definition(
@@ -63,7 +64,7 @@ def forward_definition(
         s = s + residual.to(wide)
     total = []
     if returns_sum:
-        total = [s.to(dtype, copy=True)]
+        total = [s.to(sum_dtype(x, residual), copy=True)]
         s = total[0].to(wide)
     gamma, beta, shape = gamma.to(wide), None if beta is None else beta.to(wide), s.shape[-1:]
     if keeps and not keeps_sum(b, residual, p, returns_sum):
@@ -153,8 +154,9 @@ def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, ret
 def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     wide = torch.promote_types(dtype, torch.float32)
     rows, numbers = (x.shape, dtype), (x.shape[:1], wide)
+    total = [(x.shape, sum_dtype(x, residual))] if returns_sum else []
     kept = [numbers] * 2 if keeps_sum(b, residual, p, returns_sum) else [rows, numbers]
-    outputs = [rows, *([rows] if returns_sum else []), *(kept if keeps else [])]
+    outputs = [rows, *total, *(kept if keeps else [])]
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in outputs]
 
 
@@ -270,7 +272,7 @@ class _LayerNorm(torch.autograd.Function):
         shape = dy.shape
         dy = as_rows(dy)
         if not ctx.keeps:
-            return (None, None, column_sum(dy), None, None, *rest)
+            return (None, None, bias_gradient(dy), None, None, *rest)
         kept, mean, rstd, gamma, seed = ctx.saved_tensors
         ds, dx, sums = _layer_norm_bwd(
             dy,
@@ -310,7 +312,7 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor | None = None, eps: float 
     Returns
     -------
     Tensor
-        Like `x`; fp32 under autocast. It cannot be differentiated twice.
+        Like `x`; fp32 under CUDA's autocast. It cannot be differentiated twice.
     """
     return dropout_add_layer_norm(x, gamma, beta, eps=eps)[0]
 
@@ -354,11 +356,19 @@ def dropout_add_layer_norm(
     Returns
     -------
     y, s : Tensor
-        Like `x`, in the wider of the dtypes of `x` and `residual`, and fp32 under autocast;
-        s is None unless asked for.
+        Like `x`, in the wider of the dtypes of `x` and `residual`; under CUDA's autocast y is
+        in fp32, as PyTorch's. s is None unless asked for.
+
+    Raises
+    ------
+    BitFitError
+        If `p` is no probability below 1.
     """
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    if torch.is_autocast_enabled(x.device.type):
+    if not 0 <= p < 1:
+        raise BitFitError(f"the probability of dropout is {p}; it must be from 0 to below 1")
+    dtype = sum_dtype(x, residual)
+    # on a CPU, autocast leaves LayerNorm alone
+    if x.is_cuda and in_autocast(x):
         dtype = torch.promote_types(dtype, torch.float32)
     if x.numel() == 0:
         y, total = composed(x, gamma, beta, b, residual, p, eps, dtype)

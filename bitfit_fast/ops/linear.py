@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._autograd import as_rows, contiguous, once, shaped
+from ._autograd import as_rows, contiguous, in_autocast, once, shaped
 from ._backend import uses_triton
-from .activation import _activation_fwd, backward_definition, bias_activation
-from .column_sum import column_sum
+from .activation import activation_fwd, backward_definition, bias_activation, keeps_few_bits
+from .column_sum import bias_gradient
 
 __all__ = ["feed_forward", "linear"]
 
 
-def _in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's dtype as `F.linear` would, so that backward finds one dtype."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+    if not in_autocast(tensors[0]) or tensors[0].dtype == torch.float64:
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    return tuple(t.to(torch.get_autocast_dtype(t.device.type)) for t in tensors)
 
 
 class _Linear(torch.autograd.Function):
@@ -40,11 +39,12 @@ class _Linear(torch.autograd.Function):
     @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
+        # of a gradient that is not contiguous, PyTorch would make a product for each sequence
         rows = as_rows(dy)
         return (
-            None if w is None else dy @ w,
+            None if w is None else (rows @ w).view(*dy.shape[:-1], w.shape[1]),
             None if x is None else rows.t() @ as_rows(x),
-            column_sum(rows) if ctx.needs_input_grad[2] else None,
+            bias_gradient(rows) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -68,14 +68,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     Tensor
         `[..., N]`, in autocast's dtype under autocast.
     """
-    return _Linear.apply(*_in_autocast(x, w), b)
-
-
-def linear_activation_bwd_definition(
-    dy: Tensor, w: Tensor, kept: Tensor, b: Tensor | None, act: str
-) -> tuple[Tensor, Tensor]:
-    """Compute the activation's gradient below a linear layer, and its sum."""
-    return backward_definition(dy @ w, kept, b, act)
+    return _Linear.apply(*_autocast(x, w), b)
 
 
 @torch.library.custom_op(
@@ -92,7 +85,7 @@ def _linear_activation_bwd(dy, w, kept, b, act):
         if kernel.beats_vendor(dy, w):
             return kernel.linear_bwd(dy, w, kept, b, act)
         return activation.activation_bwd(dy @ w, kept, b, act)
-    return contiguous(*linear_activation_bwd_definition(dy, w, kept, b, act))
+    return contiguous(*backward_definition(dy @ w, kept, b, act))
 
 
 @_linear_activation_bwd.register_fake
@@ -107,7 +100,7 @@ class _FeedForward(torch.autograd.Function):
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, act: str, few_bits: bool
     ) -> Tensor:
         z = F.linear(x, w1)
-        h, d = _activation_fwd(as_rows(z), b1, act, few_bits)
+        h, d = activation_fwd(as_rows(z), b1, act, few_bits)
         if any(ctx.needs_input_grad):
             needs_dx = ctx.needs_input_grad[0]
             kept = (d, None) if few_bits else (z, b1)
@@ -156,5 +149,5 @@ def feed_forward(
     """
     if w1.requires_grad or w2.requires_grad or x.numel() == 0:
         return linear(bias_activation(linear(x, w1), b1, act, few_bits), w2)
-    x, w1, w2 = _in_autocast(x, w1, w2)
-    return _FeedForward.apply(x, w1, b1, w2, act, few_bits and torch.is_grad_enabled())
+    x, w1, w2 = _autocast(x, w1, w2)
+    return _FeedForward.apply(x, w1, b1, w2, act, few_bits and keeps_few_bits(x, b1))

@@ -123,3 +123,14 @@ def test_the_derivative_stays_in_the_range_that_8_bits_cover(act):
     (slope,) = torch.autograd.grad(DEFINITIONS[act](z).sum(), z)
     low, high = activation.ACTIVATIONS[act]
     assert low <= slope.min() and slope.max() <= high
+
+
+@pytest.mark.parametrize("act", activation.ACTIVATIONS)
+def test_what_is_not_a_number_stays_so(act):
+    x, dh, b = inputs(3, 16, torch.float32)
+    x[1, 5] = float("nan")
+    h, _ = activation.activation_fwd(x, b, act)
+    dz, db = activation.activation_bwd(dh, x, b, act)
+    for found in (h, dz):
+        assert found.isnan().sum() == found[1, 5].isnan() == (act != "relu" or found is h)
+    assert db[5].isnan() == (act != "relu")

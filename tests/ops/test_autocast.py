@@ -110,7 +110,7 @@ def test_an_activation_in_bf16_with_an_fp32_bias_is_as_without_autocast(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_layer_norm_gives_fp32(randn, autocast, differentiate):
+def test_layer_norm_gives_the_dtypes_of_pytorchs(randn, autocast, differentiate):
     gamma, beta, b = randn(8), randn(8), randn(8)
     for x_dtype in (torch.float32, DTYPE):
         for residual_dtype in (None, torch.float32, DTYPE):
@@ -122,11 +122,17 @@ def test_layer_norm_gives_fp32(randn, autocast, differentiate):
                 with autocast():
                     return dropout_add_layer_norm(**leaves, returns_sum=True)
 
-            found = differentiate(run, inputs, [randn(5, 8), randn(5, 8)])
-            assert found["y0"].dtype == found["y1"].dtype == torch.float32
+            with autocast():
+                s = inputs["x"] + inputs.get("residual", inputs["x"])
+                y = F.layer_norm(s, (8,), gamma.to(s.dtype), beta.to(s.dtype))
+            gradients = [randn(5, 8, dtype=t.dtype) for t in (y, s)]
+            found = differentiate(run, inputs, gradients)
+            assert (found["y0"].dtype, found["y1"].dtype) == (y.dtype, s.dtype)
             assert all(found[name].dtype == t.dtype for name, t in inputs.items())
     with autocast():
-        assert layer_norm(randn(5, 8, dtype=DTYPE), gamma, beta).dtype == torch.float32
+        x = randn(5, 8, dtype=DTYPE)
+        theirs = F.layer_norm(x, (8,), gamma.to(DTYPE), beta.to(DTYPE))
+        assert layer_norm(x, gamma, beta).dtype == theirs.dtype
 
 
 def test_a_bf16_branch_is_added_to_an_fp32_residual_in_fp32(randn, autocast):

@@ -40,6 +40,12 @@ def test_every_operation_is_checked_here():
     assert names and names <= checked, names - checked
 
 
+def test_keep_mask_on_every_layout(randn, seed):
+    for x in (randn(ROWS, COLUMNS), randn(COLUMNS, ROWS).t()):
+        check(ops.keep_mask, x, 0.25, seed)
+        check_layout(ops.keep_mask, x, 0.25, seed)
+
+
 def test_column_sum_on_every_choice(randn, seed, device):
     dy = randn(ROWS, COLUMNS)
     offsets = torch.tensor([0, 2, 2, ROWS], device=device)
