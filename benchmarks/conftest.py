@@ -151,7 +151,8 @@ def run(request: pytest.FixtureRequest) -> Any:
     run = Run(request.config)
     yield run
     # an interrupt comes here too
-    cases = (item.callspec.params["case"] for item in request.session.items)
+    specs = (getattr(item, "callspec", None) for item in request.session.items)
+    cases = (spec.params["case"] for spec in specs if spec and "case" in spec.params)
     run.results["finished"] = {(c[0], c[2], c[3]) for c in cases} <= run.groups.keys()
     run.write()
     request.config.stash[PATH] = run.path

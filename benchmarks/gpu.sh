@@ -47,14 +47,14 @@ fi
 if command -v nvidia-smi >/dev/null && "$python" -c 'import xdist' 2>/dev/null; then
     tests+=(-n 8)
 fi
-part tests 180 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider --durations=10 \
+part tests 165 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider --durations=10 \
     --junitxml="$out/gpu-tests.xml"
 touch "$out/.gpu-began"
-part benchmarks 265 "$python" -m pytest benchmarks -q -p no:cacheprovider --benchmark-only \
-    --benchmark-columns=median,iqr,rounds --results-dir="$out" --seconds=220
+part benchmarks 250 "$python" -m pytest benchmarks -q -p no:cacheprovider --benchmark-only \
+    --benchmark-columns=median,iqr,rounds --results-dir="$out" --seconds=205
 for results in "$out"/kernels-*.json; do
     if [ "$results" -nt "$out/.gpu-began" ]; then
-        timeout 30 "$python" benchmarks/plot.py "$results" || failed+=(plot)
+        timeout 25 "$python" benchmarks/plot.py "$results" || failed+=(plot)
     fi
 done
 rm -f "$out/.gpu-began"

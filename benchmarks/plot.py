@@ -135,6 +135,9 @@ def table(results: dict[str, Any]) -> str:
     rows = _by_key(results)
     variants = [v for v in COLOURS if v != "eager" and any(key[4] == v for key in rows)]
     head = ("", "tokens", "width", "floor ms", "eager ms", *(f"{v} /eager" for v in variants))
+    # what the host takes to launch, which small batches wait for
+    hosts = ("eager", "ours") if any(r.get("host_ms") for r in rows.values()) else ()
+    head += tuple(f"{v} host ms" for v in hosts)
     lines = [head]
     groups = dict.fromkeys(key[:4] for key in rows)
     for group in groups:
@@ -145,7 +148,9 @@ def table(results: dict[str, Any]) -> str:
         found = [rows.get((*group, v)) for v in variants]
         ratios = [f"{r['ms']['p50'] / eager['ms']['p50']:.2f}" if r else "" for r in found]
         times = (f"{eager['floor_ms']:.3g}", f"{eager['ms']['p50']:.3g}")
-        lines.append((operation, str(tokens), str(width), *times, *ratios))
+        launched = (rows.get((*group, v)) for v in hosts)
+        waits = [f"{r['host_ms']:.3g}" if r else "" for r in launched]
+        lines.append((operation, str(tokens), str(width), *times, *ratios, *waits))
     sizes = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.rjust(size) for cell, size in zip(line, sizes)) for line in lines]
     failed = [r for r in results["rows"] if "error" in r]
