@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import BitFitError, listed
 from ..kernels._constants import ACTIVATIONS, quantisation
-from ._autograd import as_rows, contiguous, once, shaped
+from ._autograd import as_rows, contiguous, once, operation, shaped
 from ._backend import uses_triton
 
 __all__ = ["ACTIVATIONS", "bias_activation"]
@@ -68,10 +68,9 @@ def backward_definition(
     return dz.to(dh.dtype), dz.sum(0)
 
 
-@torch.library.custom_op(
-    "bitfit_fast::activation_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? b, str act, bool few_bits) -> (Tensor, Tensor)",
+@operation(
+    "activation_fwd",
+    "(Tensor x, Tensor? b, str act, bool few_bits) -> (Tensor, Tensor)",
 )
 def activation_fwd(x, b, act, few_bits):
     (b,) = contiguous(b)
@@ -89,10 +88,9 @@ def _(x, b, act, few_bits):
     return h, x.new_empty(x.shape if few_bits else (0,), dtype=torch.uint8)
 
 
-@torch.library.custom_op(
-    "bitfit_fast::activation_bwd",
-    mutates_args=(),
-    schema="(Tensor dh, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
+@operation(
+    "activation_bwd",
+    "(Tensor dh, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
 def activation_bwd(dh, kept, b, act):
     (b,) = contiguous(b)

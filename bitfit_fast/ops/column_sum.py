@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._autograd import operation
 from ._backend import uses_triton
 from .dropout import drawn
 
@@ -24,10 +25,9 @@ def definition(
     return torch.stack(parts)
 
 
-@torch.library.custom_op(
-    "bitfit_fast::column_sum",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? offsets, float p, Tensor? seed) -> Tensor",
+@operation(
+    "column_sum",
+    "(Tensor dy, Tensor? offsets, float p, Tensor? seed) -> Tensor",
 )
 def _column_sum(dy, offsets, p, seed):
     if uses_triton(dy):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._constants import MAX_COLUMNS, ROUNDS, threshold
-from ._autograd import as_rows
+from ._autograd import as_rows, operation
 from ._backend import uses_triton
 
 __all__ = ["drawn", "dropout", "kept", "new_seed"]
@@ -86,10 +86,9 @@ def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
     return numbers[: rows * columns].view(rows, columns) >= threshold(p) - 32768
 
 
-@torch.library.custom_op(
-    "bitfit_fast::keep_mask",
-    mutates_args=(),
-    schema="(Tensor x, float p, Tensor seed) -> Tensor",
+@operation(
+    "keep_mask",
+    "(Tensor x, float p, Tensor seed) -> Tensor",
 )
 def _keep_mask(x, p, seed):
     draw = kept if uses_triton(x, most=MAX_COLUMNS) else drawn

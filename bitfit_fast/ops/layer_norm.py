@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import BitFitError
 from ..kernels._constants import MAX_COLUMNS, keeps_sum, sum_dtype
-from ._autograd import as_rows, contiguous, in_autocast, once, shaped
+from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
 from ._backend import uses_triton
 from .column_sum import bias_gradient
 from .dropout import drawn, new_seed
@@ -127,10 +127,9 @@ def backward_definition(
     )
 
 
-@torch.library.custom_op(
-    "bitfit_fast::layer_norm_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor gamma, Tensor? beta, Tensor? b, Tensor? residual, float p, "
+@operation(
+    "layer_norm_fwd",
+    "(Tensor x, Tensor gamma, Tensor? beta, Tensor? b, Tensor? residual, float p, "
     "Tensor? seed, float eps, ScalarType dtype, bool keeps, bool returns_sum) "
     "-> Tensor[]",
 )
@@ -160,10 +159,9 @@ def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in outputs]
 
 
-@torch.library.custom_op(
-    "bitfit_fast::layer_norm_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor gamma, Tensor? dsum, "
+@operation(
+    "layer_norm_bwd",
+    "(Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor gamma, Tensor? dsum, "
     "float p, Tensor? seed, ScalarType ds_dtype, ScalarType dx_dtype, bool needs_dbeta, "
     "bool needs_db, bool needs_dgamma) -> (Tensor, Tensor, Tensor)",
 )

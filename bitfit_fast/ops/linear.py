@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._autograd import as_rows, contiguous, in_autocast, once, shaped
+from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
 from ._backend import uses_triton
 from .activation import activation_fwd, backward_definition, bias_activation, keeps_few_bits
 from .column_sum import bias_gradient
@@ -71,10 +71,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return _Linear.apply(*_autocast(x, w), b)
 
 
-@torch.library.custom_op(
-    "bitfit_fast::linear_activation_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
+@operation(
+    "linear_activation_bwd",
+    "(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
 def _linear_activation_bwd(dy, w, kept, b, act):
     (b,) = contiguous(b)
