@@ -12,8 +12,9 @@ Reads `dy`, `W` and, with an activation, `x`; writes the product once and a part
 for each block of rows: `2 M N` elements less than a product followed by `activation_bwd`. The
 operations, `2 M N K`, are those of the plain product.
 
-`ops.feed_forward` is where it is used. Whether that beats the vendor's product followed by `activation_bwd` is a question for each
-shape and device: `MEASURED` answers it, and what it does not list is the vendor's.
+`ops.feed_forward` is where it is used. Whether that beats the vendor's product followed by
+`activation_bwd` is a question for each shape and device: `MEASURED` answers it, and what it does
+not list is the vendor's.
 """
 
 from __future__ import annotations
