@@ -254,7 +254,7 @@ class _LayerNorm(torch.autograd.Function):
         elif ctx.keeps:
             ctx.save_for_backward(others[0], None, others[1], gamma, seed)
         ctx.p = p
-        ctx.dtypes = (dtype if residual is None else residual.dtype, x.dtype)
+        ctx.dtypes = (x.dtype if residual is None else residual.dtype, x.dtype)
         ctx.set_materialize_grads(False)
         return shaped(y, x.shape), total
 

@@ -184,3 +184,26 @@ def test_a_model_without_biases_has_nothing_to_train_and_nothing_to_lose():
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert all(isinstance(m, modules.Linear) for m in linear)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_a_decoder_with_cross_attention_gives_the_same_gradients(perturb):
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=20, add_cross_attention=True
+    )
+    torch.manual_seed(0)
+    model = perturb(transformers.GPT2LMHeadModel(config)).eval()
+    select(model, head=False)
+    ids, memory = torch.randint(0, 64, (2, 7)), torch.randn(2, 5, 32)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, encoder_hidden_states=memory, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    patch(model)
+    found = gradients()
+    assert found.keys() == expected.keys() and any("cross" in name for name in found)
+    size = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * size.item())
