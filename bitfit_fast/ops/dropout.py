@@ -1,7 +1,7 @@
 """Dropout without a stored mask: it is drawn from a seed in both passes.
 
 The kernels have a counter-based generator, `kernels/_dropout.py`, of which `kept` is the
-definition. On a CPU, where eager PyTorch takes seven times as long for those integers as for
+definition. On a CPU, where eager PyTorch takes several times as long for those integers as for
 its own generator, the mask comes from that, freshly seeded.
 """
 
