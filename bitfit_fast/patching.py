@@ -92,13 +92,7 @@ def _obstacle(name: str, module: nn.Module) -> str | None:
 
 
 def _replaceable(name: str, module: nn.Module) -> bool:
-    return (
-        _obstacle(name, module) is None
-        and not any(
-            p.requires_grad for n, p in module.named_parameters(recurse=False) if n == "weight"
-        )
-        and activation_name(module) is None
-    )
+    return _obstacle(name, module) is None and not module.get_parameter("weight").requires_grad
 
 
 def _around(name: str) -> dict[str, None]:

@@ -133,8 +133,8 @@ def backward_definition(
     "Tensor? seed, float eps, ScalarType dtype, bool keeps, bool returns_sum) "
     "-> Tensor[]",
 )
-def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
-    tail = (eps, dtype, keeps, returns_sum)
+def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, *tail):
+    tail = (eps, dtype, *tail)
     gamma, beta, b = contiguous(gamma, beta, b)
     if uses_triton(x, dtype, most=MAX_COLUMNS):
         from ..kernels import layer_norm as kernel
@@ -165,54 +165,25 @@ def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     "float p, Tensor? seed, ScalarType ds_dtype, ScalarType dx_dtype, bool needs_dbeta, "
     "bool needs_db, bool needs_dgamma) -> (Tensor, Tensor, Tensor)",
 )
-def _layer_norm_bwd(
-    dy,
-    kept,
-    mean,
-    rstd,
-    gamma,
-    dsum,
-    p,
-    seed,
-    ds_dtype,
-    dx_dtype,
-    needs_dbeta,
-    needs_db,
-    needs_dgamma,
-):
-    tail = (ds_dtype, dx_dtype, needs_dbeta, needs_db, needs_dgamma)
+def _layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail):
     (gamma,) = contiguous(gamma)
     if uses_triton(dy, most=MAX_COLUMNS):
         from ..kernels import layer_norm as kernel
 
         ds, dx, sums = kernel.layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail)
         # an operation may not return a tensor twice
-        return ds, dy.new_empty(0, dtype=dx_dtype) if dx is ds else dx, sums
+        return ds, ds.new_empty(0) if dx is ds else dx, sums
     keep = drawn(dy.shape[0], dy.shape[1], p, seed)
     return contiguous(*backward_definition(dy, kept, mean, rstd, gamma, dsum, p, keep, *tail))
 
 
 @_layer_norm_bwd.register_fake
-def _(
-    dy,
-    kept,
-    mean,
-    rstd,
-    gamma,
-    dsum,
-    p,
-    seed,
-    ds_dtype,
-    dx_dtype,
-    needs_dbeta,
-    needs_db,
-    needs_dgamma,
-):
+def _(dy, kept, mean, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype, *needs):
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (
         dy.new_empty(dy.shape, dtype=ds_dtype),
         dy.new_empty(dy.shape if p or dx_dtype != ds_dtype else (0,), dtype=dx_dtype),
-        dy.new_empty(needs_dbeta + needs_db + needs_dgamma, dy.shape[1], dtype=wide),
+        dy.new_empty(sum(needs), dy.shape[1], dtype=wide),
     )
 
 
