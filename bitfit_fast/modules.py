@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from . import ops
 from .ops.dropout import dropout, new_seed
 
-__all__ = ["Deferred", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
+__all__ = ["Deferred", "Dropout", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
 
 
 class Deferred:
@@ -201,9 +201,13 @@ class LayerNorm(nn.LayerNorm):
     _replaces = nn.LayerNorm
     #: Whether the model goes on with what is normalised, too.
     _used_again = False
+    #: Whether somebody else computes the bias's gradient.
+    _leaves_bias = False
 
     def forward(self, x: Any) -> Tensor:
         """Normalise a tensor, or all of what a `Deferred` stands for."""
+        if self._leaves_bias:
+            return ops.layer_norm(x, self.weight, self.bias.detach(), self.eps)
         return _layer_norm(self, x, self.eps)
 
 
@@ -252,6 +256,18 @@ class _DebertaLayerNorm:
 
     def forward(self, x: Any) -> Tensor:
         return _layer_norm(self, x, self.variance_epsilon)  # type: ignore[attr-defined]
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps a seed for its backward pass, and no mask."""
+
+    _replaces = nn.Dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with elements dropped, in training."""
+        if not self.training or not 0 < self.p < 1 or not x.numel():
+            return super().forward(x)
+        return dropout(x, self.p, new_seed(x.device))
 
 
 class _Activation:

@@ -21,6 +21,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from bitfit_fast.kernels import native
+from bitfit_fast.ops._backend import BACKEND_VARIABLE
+
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -62,6 +65,18 @@ def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: boo
         model_max_length=128,
         model_input_names=names,
     )
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(request, monkeypatch):
+    """Let whole models run on a CPU as users' do, not in Triton's interpreter.
+
+    Tests of single operations and kernels choose for themselves.
+    """
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    if not torch.cuda.is_available() and folder not in ("kernels", "ops"):
+        fast = native.unavailable() is None
+        monkeypatch.setenv(BACKEND_VARIABLE, "native" if fast else "torch")
 
 
 @pytest.fixture(scope="session")

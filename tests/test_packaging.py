@@ -59,6 +59,21 @@ def test_every_package_folder_is_installed():
         assert f'"{name}"' in setup, name
 
 
+def test_every_kernel_is_installed_and_the_source_of_those_for_cpus():
+    pytest.importorskip("setuptools", reason="only a build needs setuptools")
+    code = """
+import setuptools
+from distutils.core import run_setup
+command = run_setup("setup.py", stop_after="init").get_command_obj("build_py")
+command.ensure_finalized()
+print(*command.get_outputs(include_bytecode=False), sep="\\n")
+"""
+    outputs = [Path(line) for line in python(code, cwd=ROOT).splitlines()]
+    installed = {path.name for path in outputs if path.parent.name == "kernels"}
+    sources = {path.name for path in (ROOT / "kernels").iterdir() if path.is_file()}
+    assert "native.cpp" in sources and sources <= installed
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_unpickles(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -73,7 +88,7 @@ def test_nothing_unpickles(path):
 def test_layers_of_the_package_import_downwards_only():
     """`ops` know kernels, `modules` ops, `patching` both sides, and only `cli` knows all."""
     ranks = {
-        **dict.fromkeys(("errors", "files", "kernels"), 0),
+        **dict.fromkeys(("arena", "errors", "files", "kernels"), 0),
         **dict.fromkeys(("ops", "models"), 1),
         **dict.fromkeys(("modules", "selection", "data"), 2),
         "patching": 3,

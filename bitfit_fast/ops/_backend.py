@@ -1,4 +1,4 @@
-"""Which implementation an operation runs: Triton's kernels or their PyTorch definition."""
+"""Which implementation an operation runs: Triton's kernels, those for CPUs, or PyTorch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from ..errors import BitFitError, listed
 from ..kernels._launch import INTERPRETED
 
-__all__ = ["BACKEND_VARIABLE", "uses_triton"]
+__all__ = ["BACKEND_VARIABLE", "uses_native", "uses_triton"]
 
-#: Environment variable that chooses: `auto` (the default), `triton` or `torch`.
+#: Environment variable that chooses: `auto` (the default), `triton`, `native` or `torch`.
 BACKEND_VARIABLE = "BITFIT_FAST_BACKEND"
-_BACKENDS = ("auto", "triton", "torch")
+_BACKENDS = ("auto", "triton", "native", "torch")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,6 +40,13 @@ def _refusal(tensor: Tensor, dtype: torch.dtype | None, most: int | None) -> str
     return None
 
 
+def _chosen() -> str:
+    chosen = os.environ.get(BACKEND_VARIABLE) or "auto"
+    if chosen not in _BACKENDS:
+        raise BitFitError(f"{BACKEND_VARIABLE} is '{chosen}'; valid values are {listed(_BACKENDS)}")
+    return chosen
+
+
 def uses_triton(tensor: Tensor, dtype: torch.dtype | None = None, most: int | None = None) -> bool:
     """Return whether an operation on this tensor runs as a Triton kernel.
 
@@ -61,12 +68,36 @@ def uses_triton(tensor: Tensor, dtype: torch.dtype | None = None, most: int | No
         If `BITFIT_FAST_BACKEND` is none of its values, or is `triton` where there is no
         kernel.
     """
-    chosen = os.environ.get(BACKEND_VARIABLE) or "auto"
-    if chosen not in _BACKENDS:
-        raise BitFitError(f"{BACKEND_VARIABLE} is '{chosen}'; valid values are {listed(_BACKENDS)}")
-    if chosen == "torch":
+    chosen = _chosen()
+    if chosen in ("torch", "native"):
         return False
     refusal = _refusal(tensor, dtype, most)
     if refusal is not None and chosen == "triton":
         raise BitFitError(f"{BACKEND_VARIABLE} is 'triton', but {refusal}")
     return refusal is None
+
+
+def uses_native(*tensors: Tensor | None) -> bool:
+    """Return whether an operation on these tensors runs as a kernel for CPUs.
+
+    Asked after `uses_triton` has said no. `auto` takes them where there is a compiler to build
+    them, for fp32 and bf16; other dtypes get PyTorch.
+
+    Raises
+    ------
+    BitFitError
+        If `BITFIT_FAST_BACKEND` is none of its values, or is `native` where the kernels cannot
+        be built.
+    """
+    chosen = _chosen()
+    if chosen in ("torch", "triton"):
+        return False
+    from ..kernels import native
+
+    there = [t for t in tensors if t is not None]
+    if any(t.device.type != "cpu" or t.dtype not in native.DTYPES for t in there):
+        return False
+    reason = native.unavailable()
+    if reason is not None and chosen == "native":
+        raise BitFitError(f"{BACKEND_VARIABLE} is 'native', but {reason}")
+    return reason is None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..errors import BitFitError, listed
 from ..kernels._constants import ACTIVATIONS, quantisation
 from ._autograd import as_rows, contiguous, once, operation, shaped
-from ._backend import uses_triton
+from ._backend import uses_native, uses_triton
 
 __all__ = ["ACTIVATIONS", "bias_activation"]
 
@@ -79,6 +79,11 @@ def activation_fwd(x, b, act, few_bits):
 
         h, d = kernel.activation_fwd(x, b, act, few_bits)
         return h, x.new_empty(0, dtype=torch.uint8) if d is None else d
+    if uses_native(x):
+        from ..kernels import native
+
+        h, d = native.activation_fwd(x, b, act, few_bits)
+        return h, x.new_empty(0, dtype=torch.uint8) if d is None else d
     return contiguous(*forward_definition(x, b, act, few_bits))
 
 
@@ -98,6 +103,10 @@ def activation_bwd(dh, kept, b, act):
         from ..kernels import activation as kernel
 
         return kernel.activation_bwd(dh, kept, b, act)
+    if uses_native(dh) and kept.dtype in (dh.dtype, torch.uint8):
+        from ..kernels import native
+
+        return native.activation_bwd(dh, kept, b, act)
     return contiguous(*backward_definition(dh, kept, b, act))
 
 

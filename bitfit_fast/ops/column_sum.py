@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import operation
-from ._backend import uses_triton
+from ._backend import uses_native, uses_triton
 from .dropout import drawn
 
 __all__ = ["bias_gradient", "column_sum", "definition"]
@@ -34,6 +34,10 @@ def _column_sum(dy, offsets, p, seed):
         from ..kernels import column_sum as kernel
 
         return kernel.column_sum(dy, offsets, p, seed)
+    if offsets is None and uses_native(dy):
+        from ..kernels import native
+
+        return native.column_sum(dy, p, seed)
     return definition(dy, offsets, p, drawn(dy.shape[0], dy.shape[1], p, seed))
 
 

@@ -1,18 +1,19 @@
 """Dropout without a stored mask: it is drawn from a seed in both passes.
 
-The kernels have a counter-based generator, `kernels/_dropout.py`, of which `kept` is the
-definition. On a CPU, where eager PyTorch takes several times as long for those integers as for
-its own generator, the mask comes from that, freshly seeded.
+The kernels have a counter-based generator, of which `kept` is the definition: one seed drops the
+same elements on every device.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..kernels._constants import MAX_COLUMNS, ROUNDS, threshold
-from ._autograd import as_rows, operation
-from ._backend import uses_triton
+from ..kernels._constants import ROUNDS, threshold
+from ._autograd import as_rows, once, operation, shaped
+from ._backend import uses_native
 
 __all__ = ["drawn", "dropout", "kept", "new_seed"]
 
@@ -71,37 +72,48 @@ def kept(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
 
 
 def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
-    """Return the mask that the PyTorch implementation applies; None without dropout.
-
-    Parameters and result as in `kept`, which it is on all devices but the CPU. There it takes
-    16 bits an element from PyTorch's generator, which keeps 32 bits of the seed.
-    """
+    """Return what `kept` does, as fast as it is to be had; None without dropout."""
     if not p:
         return None
-    if seed.device.type != "cpu":
-        return kept(rows, columns, p, seed)
-    generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(-(-rows * columns // 4), dtype=torch.int64)
-    numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)
-    return numbers[: rows * columns].view(rows, columns) >= threshold(p) - 32768
+    if seed.device.type == "cpu" and uses_native():
+        from ..kernels import native
+
+        return native.kept(rows, columns, p, seed)
+    return kept(rows, columns, p, seed)
 
 
 @operation(
-    "keep_mask",
+    "dropout",
     "(Tensor x, float p, Tensor seed) -> Tensor",
 )
-def _keep_mask(x, p, seed):
-    draw = kept if uses_triton(x, most=MAX_COLUMNS) else drawn
-    return draw(x.shape[0], x.shape[1], p, seed)
+def _dropout(x, p, seed):
+    if uses_native(x):
+        from ..kernels import native
+
+        return native.dropout(x, p, seed)
+    return torch.where(drawn(x.shape[0], x.shape[1], p, seed), x, 0) * (1 / (1 - p))
 
 
-@_keep_mask.register_fake
+@_dropout.register_fake
 def _(x, p, seed):
-    return x.new_empty(x.shape, dtype=torch.bool)
+    return x.new_empty(x.shape)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        return shaped(_dropout(as_rows(x), p, seed), x.shape)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _dropout(as_rows(dy), ctx.p, *ctx.saved_tensors).view(dy.shape), None, None
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Drop the elements that a fused operation with this seed drops; autograd keeps the mask.
+    """Drop the elements that a fused operation with this seed drops; no mask is kept.
 
     Parameters
     ----------
@@ -117,5 +129,4 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     Tensor
         Like `x`, scaled by 1 / (1 - p).
     """
-    mask = _keep_mask(as_rows(x.detach()), p, seed).view(x.shape)
-    return torch.where(mask, x, 0) * (1 / (1 - p))
+    return _Dropout.apply(x, p, seed)

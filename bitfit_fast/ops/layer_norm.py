@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..errors import BitFitError
 from ..kernels._constants import MAX_COLUMNS, keeps_sum, sum_dtype
 from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
-from ._backend import uses_triton
+from ._backend import uses_native, uses_triton
 from .column_sum import bias_gradient
 from .dropout import drawn, new_seed
 
@@ -133,7 +133,7 @@ def backward_definition(
     "Tensor? seed, float eps, ScalarType dtype, bool keeps, bool returns_sum) "
     "-> Tensor[]",
 )
-def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, *tail):
+def layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, *tail):
     tail = (eps, dtype, *tail)
     gamma, beta, b = contiguous(gamma, beta, b)
     if uses_triton(x, dtype, most=MAX_COLUMNS):
@@ -144,12 +144,16 @@ def _layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, *tail):
             for out in kernel.layer_norm_fwd(x, gamma, beta, b, residual, p, seed, *tail)
             if out is not None
         ]
+    if dtype == sum_dtype(x, residual) and uses_native(x, residual):
+        from ..kernels import native
+
+        return native.layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, *tail[2:])
     keep = drawn(x.shape[0], x.shape[1], p, seed)
     outputs = forward_definition(x, gamma, beta, b, residual, p, keep, *tail)
     return list(contiguous(*outputs))
 
 
-@_layer_norm_fwd.register_fake
+@layer_norm_fwd.register_fake
 def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     wide = torch.promote_types(dtype, torch.float32)
     rows, numbers = (x.shape, dtype), (x.shape[:1], wide)
@@ -165,7 +169,7 @@ def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
     "float p, Tensor? seed, ScalarType ds_dtype, ScalarType dx_dtype, bool needs_dbeta, "
     "bool needs_db, bool needs_dgamma) -> (Tensor, Tensor, Tensor)",
 )
-def _layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail):
+def layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail):
     (gamma,) = contiguous(gamma)
     if uses_triton(dy, most=MAX_COLUMNS):
         from ..kernels import layer_norm as kernel
@@ -173,11 +177,18 @@ def _layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail):
         ds, dx, sums = kernel.layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail)
         # an operation may not return a tensor twice
         return ds, ds.new_empty(0) if dx is ds else dx, sums
+    dtypes = {t.dtype for t in (dy, kept, dsum) if t is not None}
+    promoted = dtypes == {torch.promote_types(*tail[:2])} and torch.float16 not in tail[:2]
+    if promoted and uses_native(dy):
+        from ..kernels import native
+
+        ds, dx, sums = native.layer_norm_bwd(dy, kept, mean, rstd, gamma, dsum, p, seed, *tail)
+        return ds, ds.new_empty(0) if dx is ds else dx, sums
     keep = drawn(dy.shape[0], dy.shape[1], p, seed)
     return contiguous(*backward_definition(dy, kept, mean, rstd, gamma, dsum, p, keep, *tail))
 
 
-@_layer_norm_bwd.register_fake
+@layer_norm_bwd.register_fake
 def _(dy, kept, mean, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype, *needs):
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (
@@ -206,7 +217,7 @@ class _LayerNorm(torch.autograd.Function):
         needs_dx, needs_dgamma, _, needs_db, needs_ds = ctx.needs_input_grad[:5]
         # beta's gradient is a sum of dy, and needs nothing that is computed here
         ctx.keeps = grad and (needs_dx or needs_dgamma or needs_db or needs_ds)
-        y, *others = _layer_norm_fwd(
+        y, *others = layer_norm_fwd(
             as_rows(x),
             gamma,
             beta,
@@ -243,7 +254,7 @@ class _LayerNorm(torch.autograd.Function):
         if not ctx.keeps:
             return (None, None, bias_gradient(dy), None, None, *rest)
         kept, mean, rstd, gamma, seed = ctx.saved_tensors
-        ds, dx, sums = _layer_norm_bwd(
+        ds, dx, sums = layer_norm_bwd(
             dy,
             as_rows(kept),
             mean,

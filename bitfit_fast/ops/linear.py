@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
 from ._backend import uses_triton
-from .activation import activation_fwd, backward_definition, bias_activation, keeps_few_bits
+from .activation import activation_bwd, activation_fwd, bias_activation, keeps_few_bits
 from .column_sum import bias_gradient
 
 __all__ = ["feed_forward", "linear"]
@@ -75,19 +75,17 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     "linear_activation_bwd",
     "(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
-def _linear_activation_bwd(dy, w, kept, b, act):
+def linear_activation_bwd(dy, w, kept, b, act):
     (b,) = contiguous(b)
     if uses_triton(dy):
-        from ..kernels import activation
         from ..kernels import linear as kernel
 
         if kernel.beats_vendor(dy, w):
             return kernel.linear_bwd(dy, w, kept, b, act)
-        return activation.activation_bwd(dy @ w, kept, b, act)
-    return contiguous(*backward_definition(dy @ w, kept, b, act))
+    return activation_bwd(dy @ w, kept, b, act)
 
 
-@_linear_activation_bwd.register_fake
+@linear_activation_bwd.register_fake
 def _(dy, w, kept, b, act):
     wide = torch.promote_types(dy.dtype, torch.float32)
     return dy.new_empty(dy.shape[0], w.shape[1]), dy.new_empty(w.shape[1], dtype=wide)
@@ -113,7 +111,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w1, w2, kept, b1 = ctx.saved_tensors
         rows = as_rows(dy)
-        dz, db = _linear_activation_bwd(rows, w2, as_rows(kept), b1, ctx.act)
+        dz, db = linear_activation_bwd(rows, w2, as_rows(kept), b1, ctx.act)
         dx = None if w1 is None else (dz @ w1).view(*dy.shape[:-1], w1.shape[1])
         return dx, None, db if ctx.needs_input_grad[2] else None, None, None, None
 

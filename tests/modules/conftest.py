@@ -14,7 +14,7 @@ from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.models.families import biases
 from bitfit_fast.modules import Deferred
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
-from bitfit_fast.ops.dropout import drawn, kept, new_seed
+from bitfit_fast.ops.dropout import kept, new_seed
 
 SIZES = {
     "hidden_size": 32,
@@ -216,7 +216,7 @@ def float64_softmax(monkeypatch):
 @pytest.fixture
 def same_dropout(backend, float64_softmax, monkeypatch):
     """Let PyTorch's dropout take its mask from where the fused operations take theirs."""
-    pytorch, mask = F.dropout, kept if backend == "triton" else drawn
+    pytorch = F.dropout
 
     def dropout(input, p=0.5, training=True, inplace=False):
         if isinstance(input, Deferred):  # brings it to Deferred, with this very function
@@ -224,7 +224,7 @@ def same_dropout(backend, float64_softmax, monkeypatch):
         if not training or not p:
             return input
         rows = input.reshape(-1, input.shape[-1])
-        keep = mask(*rows.shape, p, new_seed(input.device))
+        keep = kept(*rows.shape, p, new_seed(input.device))
         return torch.where(keep.view(input.shape), input / (1 - p), 0)
 
     monkeypatch.setattr(F, "dropout", dropout)

@@ -5,16 +5,18 @@ import contextlib
 import pytest
 import torch
 
+from bitfit_fast.kernels import native
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
-from bitfit_fast.ops.dropout import drawn, kept
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "native"])
 def backend(request, monkeypatch):
     """Which implementation runs; float64 tests ask for `torch` alone."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is installed on Linux only")
+    if request.param == "native" and (reason := native.unavailable()):
+        pytest.skip(reason)
     monkeypatch.setenv(BACKEND_VARIABLE, request.param)
     return request.param
 
@@ -40,12 +42,6 @@ def randn(device):
 @pytest.fixture
 def seed(device):
     return torch.tensor([1234567], device=device)
-
-
-@pytest.fixture
-def mask(backend):
-    """Return which elements that implementation's dropout keeps."""
-    return kept if backend == "triton" else drawn
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ STOCK = {
 }
 ops = torch.ops.bitfit_fast
 definition_only = pytest.mark.parametrize("backend", ["torch"], indirect=True)
-kernels_only = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+kernels_only = pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
 
 
 def own(act="gelu", few_bits=False):

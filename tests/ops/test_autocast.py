@@ -112,8 +112,8 @@ def test_an_activation_in_bf16_with_an_fp32_bias_is_as_without_autocast(
 
 def test_layer_norm_gives_the_dtypes_of_pytorchs(randn, autocast, differentiate):
     gamma, beta, b = randn(8), randn(8), randn(8)
-    for x_dtype in (torch.float32, DTYPE):
-        for residual_dtype in (None, torch.float32, DTYPE):
+    for x_dtype in (torch.float32, torch.float16, DTYPE):
+        for residual_dtype in (None, torch.float32, torch.float16, DTYPE):
             inputs = {"x": randn(5, 8, dtype=x_dtype), "gamma": gamma, "beta": beta, "b": b}
             if residual_dtype:
                 inputs["residual"] = randn(5, 8, dtype=residual_dtype)

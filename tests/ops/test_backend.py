@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from bitfit_fast.errors import BitFitError
+from bitfit_fast.kernels import native
 from bitfit_fast.kernels._constants import MAX_COLUMNS
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops import _backend, bias_activation, column_sum, feed_forward, layer_norm, linear
-
-triton = pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 OPERATIONS = {
@@ -27,27 +26,48 @@ def with_bias(function, x):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """Collect the kernels that run."""
+def spy(monkeypatch):
+    """Collect the names of a module's launchers that run."""
+
+    def watch(module, launcher, names):
+        original = getattr(module, launcher)
+
+        def run(*args):
+            names.append(launcher)
+            return original(*args)
+
+        monkeypatch.setattr(module, launcher, run)
+
+    return watch
+
+
+@pytest.fixture
+def launched(spy):
+    """Collect the Triton kernels that run."""
+    pytest.importorskip("triton", reason="triton is installed on Linux only")
     from bitfit_fast.kernels import activation, layer_norm
     from bitfit_fast.kernels import column_sum as sums
 
     names = []
-
-    def spy(module, name):
-        original = getattr(module, name)
-
-        def run(*args):
-            names.append(name)
-            return original(*args)
-
-        monkeypatch.setattr(module, name, run)
-
-    spy(sums, "column_sum")
+    spy(sums, "column_sum", names)
     for kernel in ("activation_fwd", "activation_bwd"):
-        spy(activation, kernel)
+        spy(activation, kernel, names)
     for kernel in ("layer_norm_fwd", "layer_norm_bwd"):
-        spy(layer_norm, kernel)
+        spy(layer_norm, kernel, names)
+    return names
+
+
+@pytest.fixture
+def called(spy, monkeypatch):
+    """Collect the kernels for CPUs that run, where Triton's are not interpreted."""
+    if reason := native.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    names = []
+    for kernel in ("activation_fwd", "activation_bwd", "layer_norm_fwd", "layer_norm_bwd"):
+        spy(native, kernel, names)
+    for kernel in ("column_sum", "dropout", "kept"):
+        spy(native, kernel, names)
     return names
 
 
@@ -81,7 +101,7 @@ def test_the_variable_chooses(operation, launched, monkeypatch):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_unknown_value_is_named_with_the_valid_ones(operation, monkeypatch):
     x = torch.eye(4, device=DEVICE)
-    valid = ("auto", "triton", "torch")
+    valid = ("auto", "triton", "native", "torch")
     refused(monkeypatch, lambda: OPERATIONS[operation](x), *valid, chosen="cuda")
 
 
@@ -95,7 +115,7 @@ def test_float64_has_no_kernels(operation, launched, monkeypatch):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_cpu_has_no_kernels_without_the_interpreter(operation, launched, monkeypatch):
+def test_a_cpu_has_no_triton_kernels_without_the_interpreter(operation, launched, monkeypatch):
     monkeypatch.setattr(_backend, "INTERPRETED", False)
     x = torch.eye(4)
     refused(monkeypatch, lambda: OPERATIONS[operation](x), "cpu", "TRITON_INTERPRET=1")
@@ -122,3 +142,54 @@ def test_without_triton_the_definitions_run(launched, monkeypatch):
     monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
     column_sum(x)
     assert not launched
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_the_variable_chooses_the_kernels_for_cpus(operation, dtype, called, monkeypatch):
+    x = torch.eye(4, dtype=dtype)
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "torch")
+    expected = OPERATIONS[operation](x)
+    assert not called
+    for chosen in ("native", "auto", ""):
+        monkeypatch.setenv(_backend.BACKEND_VARIABLE, chosen)
+        found = OPERATIONS[operation](x)
+        assert called
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=4 * unit, atol=4 * unit)
+        called.clear()
+    monkeypatch.delenv(_backend.BACKEND_VARIABLE)
+    OPERATIONS[operation](x)
+    assert called
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_of_other_dtypes_the_definitions_run_on_cpus(operation, dtype, called, monkeypatch):
+    x = torch.eye(4, dtype=dtype)
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "torch")
+    expected = OPERATIONS[operation](x)
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
+    found = OPERATIONS[operation](x)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype
+    assert set(called) <= {"column_sum"}  # of an fp32 gradient
+
+
+def test_kernels_for_cpus_take_rows_of_any_width(called, monkeypatch):
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
+    OPERATIONS["layer_norm"](torch.ones(1, MAX_COLUMNS + 1))
+    assert called == ["layer_norm_fwd"]
+
+
+def test_under_the_interpreter_auto_takes_tritons_kernels(launched, spy, monkeypatch):
+    if not INTERPRETED:
+        pytest.skip("Triton's kernels are compiled")
+    names = []
+    spy(native, "column_sum", names)
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
+    column_sum(torch.eye(4))
+    assert launched and not names
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
+    if not native.unavailable():
+        column_sum(torch.eye(4))
+        assert len(launched) == len(names) == 1

@@ -40,10 +40,10 @@ def test_every_operation_is_checked_here():
     assert names and names <= checked, names - checked
 
 
-def test_keep_mask_on_every_layout(randn, seed):
-    for x in (randn(ROWS, COLUMNS), randn(COLUMNS, ROWS).t()):
-        check(ops.keep_mask, x, 0.25, seed)
-        check_layout(ops.keep_mask, x, 0.25, seed)
+def test_dropout_on_every_layout(randn, seed):
+    check(ops.dropout, randn(ROWS, COLUMNS), 0.25, seed)
+    for x in layouts(randn):
+        check_layout(ops.dropout, x, 0.25, seed)
 
 
 def test_column_sum_on_every_choice(randn, seed, device):

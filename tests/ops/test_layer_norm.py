@@ -16,7 +16,7 @@ EPS = 1e-5
 PARTS = ("beta", "b", "residual")
 SUBSETS = [s for n in range(4) for s in itertools.combinations(PARTS, n)]
 definition_only = pytest.mark.parametrize("backend", ["torch"], indirect=True)
-kernels_only = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+kernels_only = pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
 
 
 def own(p=0.0, seed=None, returns_sum=False):
@@ -86,29 +86,27 @@ def test_gradients_of_the_plain_layer_norm_are_those_of_finite_differences(randn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("returns_sum", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_every_part_together_is_as_exact_as_pytorchs(
-    p, returns_sum, dtype, randn, seed, mask, compare
-):
+def test_every_part_together_is_as_exact_as_pytorchs(p, returns_sum, dtype, randn, seed, compare):
     inputs = part_inputs(randn, (40, 33), dtype)
     dys = [randn(40, 33, dtype=dtype) for _ in range(1 + returns_sum)]
-    keep = mask(40, 33, p, seed) if p else None
+    keep = kept(40, 33, p, seed) if p else None
     ours, theirs = own(p, seed, returns_sum), stock(p, keep, returns_sum)
     compare(ours, theirs, inputs, *dys, roundings=2)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("parts", SUBSETS, ids=str)
-def test_each_part_may_be_absent(parts, p, randn, seed, mask, compare):
+def test_each_part_may_be_absent(parts, p, randn, seed, compare):
     inputs = part_inputs(randn, (20, 24), parts=parts)
-    keep = mask(20, 24, p, seed) if p else None
+    keep = kept(20, 24, p, seed) if p else None
     compare(own(p, seed), stock(p, keep), inputs, randn(20, 24), roundings=2)
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (1, 1), (3, 5, 8), (2, 3, 2, 9)], ids=str)
-def test_inputs_have_any_shape(shape, randn, seed, mask, compare):
+def test_inputs_have_any_shape(shape, randn, seed, compare):
     inputs = part_inputs(randn, shape)
     rows = inputs["x"].numel() // shape[-1]
-    keep = mask(rows, shape[-1], 0.25, seed)
+    keep = kept(rows, shape[-1], 0.25, seed)
     compare(own(0.25, seed), stock(0.25, keep), inputs, randn(*shape), roundings=2)
 
 
@@ -168,12 +166,13 @@ def test_gradients_of_fp32_vectors_are_summed_in_fp32(dtype, randn, differentiat
     assert bool((error <= 2.0**-20 * dy.double().abs().sum(0)).all())
 
 
-def test_a_wider_residual_decides_the_dtype_of_the_outputs(randn, differentiate):
-    inputs = part_inputs(randn, (6, 16), torch.bfloat16)
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+def test_a_wider_residual_decides_the_dtype_of_the_outputs(low, randn, differentiate):
+    inputs = part_inputs(randn, (6, 16), low)
     inputs["residual"] = randn(6, 16)
     found = differentiate(own(returns_sum=True), inputs, [randn(6, 16), randn(6, 16)])
     assert found["y0"].dtype == found["y1"].dtype == torch.float32
-    assert (found["x"].dtype, found["residual"].dtype) == (torch.bfloat16, torch.float32)
+    assert (found["x"].dtype, found["residual"].dtype) == (low, torch.float32)
     # the output comes from the sum in fp32, which bf16 would have rounded
     wide = {name: t.double() for name, t in inputs.items()}
     torch.testing.assert_close(found["y0"].double(), stock()(**wide), rtol=2.0**-20, atol=2.0**-20)

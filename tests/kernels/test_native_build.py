@@ -1,0 +1,189 @@
+"""Building the kernels for CPUs: once, kept in the cache, and doing without where it fails."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitfit_fast.errors import BitFitError
+from bitfit_fast.kernels import native
+from bitfit_fast.ops import _backend, bias_activation, column_sum, dropout_add_layer_norm
+from bitfit_fast.ops.dropout import dropout
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="its compilers are shell scripts")
+OPERATIONS = {
+    "layer_norm": lambda: dropout_add_layer_norm(
+        torch.eye(4), torch.ones(4), p=0.5, seed=torch.tensor([3])
+    )[0],
+    "activation": lambda: bias_activation(torch.eye(4)),
+    "column_sum": lambda: column_sum(torch.eye(4)),
+    "dropout": lambda: dropout(torch.ones(4, 20), 0.5, torch.tensor([3])),
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where libraries are kept: an empty folder. Nothing is loaded before or after."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+    native._library.cache_clear()
+    yield tmp_path / "bitfit_fast"
+    native._library.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The library itself, for compilers that only pretend."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    return native._build(compiler)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch, library):
+    """Write a compiler that notes when it runs, and return what reads the notes."""
+
+    def write(body=f'cp "{library}" "$last"', name="c++"):
+        script, notes = tmp_path / name, tmp_path / "notes"
+        script.write_text(
+            "#!/bin/sh\n"
+            f'if [ "$1" = --version ]; then echo {name} 1.0; exit 0; fi\n'
+            f'for last in "$@"; do :; done\necho built >> "{notes}"\n{body}\n'
+        )
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CXX", str(script))
+        return lambda: notes.read_text().split() if notes.exists() else []
+
+    return write
+
+
+def does_without(monkeypatch, *parts):
+    """Assert that a sentence says why, that operations run in PyTorch, and refuse to if told."""
+    reason = native.unavailable()
+    assert reason is not None and "\n" not in reason and not reason.endswith(".")
+    for part in parts:
+        assert part in reason
+    for run in OPERATIONS.values():
+        monkeypatch.setenv(_backend.BACKEND_VARIABLE, "torch")
+        expected = run()
+        monkeypatch.setenv(_backend.BACKEND_VARIABLE, "auto")
+        assert torch.equal(run(), expected)
+        monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
+        with pytest.raises(BitFitError) as raised:
+            run()
+        assert str(raised.value) == f"BITFIT_FAST_BACKEND is 'native', but {reason}"
+
+
+def test_without_a_compiler_pytorch_runs(cache, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    does_without(monkeypatch, "no C++ compiler", "g++", "clang++", "CXX")
+    assert not cache.exists()
+
+
+def test_a_compiler_that_is_not_there(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    does_without(monkeypatch, "/nowhere/c++ could not build native.cpp")
+
+
+def test_a_compiler_that_only_fails(cache, monkeypatch):
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    does_without(monkeypatch, "false could not build native.cpp")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("echo 'unknown flag.' >&2; echo more >&2; exit 1", "unknown flag"),
+        ("echo >&2; exit 3", "exit status 3"),
+        ('echo text > "$last"', "so"),  # nothing that could be loaded
+        ("true", "No such file"),
+    ],
+)
+def test_a_compiler_that_fails_at_the_source(cache, compiler, monkeypatch, body, said):
+    compiler(body)
+    does_without(monkeypatch, "c++ could not build native.cpp", said)
+    assert not [path for path in cache.iterdir() if path.suffix != ".so"]
+
+
+def test_a_cache_that_cannot_be_written(cache, compiler, monkeypatch):
+    compiler()
+    cache.write_text("no folder")
+    does_without(monkeypatch, "could not build native.cpp", str(cache))
+
+
+def test_without_a_home_pytorch_runs(cache, compiler, monkeypatch):
+    def lost():
+        raise RuntimeError("Could not determine home directory.")
+
+    compiler()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lost)
+    does_without(monkeypatch, "home directory")
+
+
+def test_the_library_is_built_once_and_kept_in_the_cache(cache, compiler, monkeypatch):
+    built = compiler()
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
+    for _ in range(2):
+        assert native.unavailable() is None
+        assert torch.equal(OPERATIONS["column_sum"](), torch.ones(4))
+        native._library.cache_clear()
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
+    assert built() == ["built"]
+
+
+def test_another_compiler_or_flag_builds_anew(cache, compiler, monkeypatch):
+    built = compiler()
+    assert native.unavailable() is None
+    for change in ("flag", "compiler", "source"):
+        native._library.cache_clear()
+        if change == "flag":
+            monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-g"))
+        elif change == "compiler":
+            compiler(name="other")
+        else:
+            source = cache / "native.cpp"
+            source.write_text("// changed")
+            monkeypatch.setattr(native, "_SOURCE", source)
+        assert native.unavailable() is None
+    assert len(built()) == len(list(cache.glob("*.so"))) == 4
+
+
+def test_processes_that_build_at_once_do_not_break_each_other(cache, compiler, library, tmp_path):
+    # neither gets a library before the other has begun to build one
+    wait = f'while [ $(wc -l < "{tmp_path}/notes") -lt 2 ]; do sleep 0.05; done'
+    built = compiler(f'{wait}; cp "{library}" "$last"')
+    code = """
+import torch
+from bitfit_fast.kernels import native
+print("ready", flush=True)
+input()
+reason = native.unavailable()
+assert reason is None, reason
+assert torch.equal(native.column_sum(torch.eye(4)), torch.ones(4))
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    run = [sys.executable, "-c", code]
+    both = [subprocess.Popen(run, cwd=ROOT, text=True, **pipes) for _ in range(2)]
+    try:
+        for process in both:
+            assert process.stdout.readline() == "ready\n", process.stderr.read()
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in both:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 0, said
+    finally:
+        for process in both:
+            process.kill()
+    assert built() == ["built"] * 2
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
