@@ -1,21 +1,28 @@
 """BitFit fine-tuning of pretrained transformers: train the biases and the task head."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .checkpoint import Checkpoint, Header, fingerprint, load, merge, open_model, read, save, unload
 from .data.load import load_task
 from .data.task import Split, TaskData
 from .errors import BitFitError, BitFitWarning
 from .models.loading import load_model, load_tokenizer
-from .patching import Patched, patch, unpatch
+from .patching import Patched, PatchedEncoder, patch, patch_encoder, unpatch
 from .selection import Selection, select
 from .training import Settings, train
 
+if TYPE_CHECKING:
+    from .training.trainer import BitFitTrainer
+
 __all__ = [
     "BitFitError",
+    "BitFitTrainer",
     "BitFitWarning",
     "Checkpoint",
     "Header",
     "Patched",
+    "PatchedEncoder",
     "Selection",
     "Settings",
     "Split",
@@ -29,6 +36,7 @@ __all__ = [
     "merge",
     "open_model",
     "patch",
+    "patch_encoder",
     "read",
     "save",
     "select",
@@ -36,3 +44,12 @@ __all__ = [
     "unload",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `transformers.Trainer`, which takes seconds, only for whoever asks for ours."""
+    if name == "BitFitTrainer":
+        from .training.trainer import BitFitTrainer
+
+        return BitFitTrainer
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""The command line: `bitfit-fast train | evaluate | predict | inspect | merge`."""
+"""The command line: `bitfit-fast train | evaluate | predict | inspect | merge | parity`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from . import __version__
 from .checkpoint import load, open_model, read
 from .checkpoint import merge as merge_checkpoint
 from .data.load import TASKS, load_task
+from .encoder import MEMORY
 from .errors import BitFitError, BitFitWarning, listed
 from .files import write_json
 from .inference import bias_changes, evaluate_checkpoint, predict_checkpoint, task_of
 from .models.loading import DEFAULT_MODEL, describe_model, load_model, load_tokenizer
+from .parity import compare
 from .plots import change_heatmap, check_picture
 from .selection import METHODS
 from .training.loop import train as run_training
@@ -70,7 +72,7 @@ LabelColumn = Annotated[
     Text, typer.Option(help="Column of the label in files; default label.", rich_help_panel=DATA)
 ]
 TaskName = Annotated[Text, typer.Option("--task", help="Task; by default the one trained on.")]
-Precision = Annotated[str, typer.Option(help="fp32, or bf16 for autocast.", rich_help_panel=SPEED)]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16.", rich_help_panel=SPEED)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=SPEED)]
 MaxLength = Annotated[Number, typer.Option(help="Tokens an example; by default as trained.")]
 
@@ -197,11 +199,21 @@ def train(
     backend: Annotated[
         str,
         typer.Option(
-            help="reference for plain PyTorch, modules for bias-only modules, or auto.",
+            help="fast for whole encoders without padding, modules for bias-only modules, "
+            "reference for plain PyTorch, or auto: the fastest that takes the model.",
             rich_help_panel=RUN,
         ),
     ] = "auto",
     device: Device = "auto",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="How much the fast backend keeps for the backward pass: "
+            + ", ".join(MEMORY)
+            + ".",
+            rich_help_panel=RUN,
+        ),
+    ] = MEMORY[0],
 ) -> None:
     """Fine-tune a pretrained model, and leave a run folder.
 
@@ -213,7 +225,7 @@ def train(
         lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length,
         warmup=warmup, schedule=schedule, seed=seed, precision=precision,
         train_fraction=train_fraction, grad_clip=grad_clip, eval_every=eval_every,
-        patience=patience, backend=backend, device=device,
+        patience=patience, backend=backend, device=device, memory=memory,
     )  # fmt: skip
     if method not in METHODS:
         raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS)}")
@@ -378,6 +390,56 @@ def inspect(
     name = header.task.get("name", checkpoint.path.name)
     change_heatmap(changes, picture, f"Mean absolute change of the biases, {name}")
     _say(f"wrote {picture}")
+
+
+@app.command(epilog="Example: bitfit-fast parity --task rte --data-dir glue --steps 50")
+def parity(
+    model: Annotated[
+        str, typer.Option(help="Hub name or local folder of any sequence-classification model.")
+    ] = DEFAULT_MODEL,
+    task: Annotated[Text, typer.Option(help=f"One of {listed(TASKS)}.")] = None,
+    data_dir: DataDir = None,
+    train_file: Annotated[
+        Location, typer.Option(help="Instead of a task: CSV, TSV, JSON lines, Parquet.")
+    ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    terms: Annotated[str, typer.Option(help="Kinds of bias to train.")] = "all",
+    layers: Annotated[Text, typer.Option(help="Encoder layers, as in 0-5,11.")] = None,
+    steps: Annotated[int, typer.Option(help="Of training, with each backend.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens an example.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the head and the order of examples.")] = 0,
+    memory: Annotated[str, typer.Option(help=f"One of {listed(MEMORY)}.")] = MEMORY[0],
+    device: Device = "auto",
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Show every parameter.")] = False,
+    output: Annotated[Location, typer.Option("--output", "-o", help="JSON file to write.")] = None,
+) -> None:
+    """Check that the fast backend computes what plain PyTorch does, on your model and data.
+
+    Exit code 1 says that it does not.
+    """
+    _quiet()
+    settings = Settings(
+        batch_size=batch_size, max_length=max_length, seed=seed, memory=memory, device=device
+    )
+    data = load_task(
+        task,
+        data_dir=data_dir,
+        train_file=train_file,
+        text_columns=text_column,
+        label_column=label_column,
+        kinds=("train",),
+    )
+    loaded = load_model(model, data.labels, seed)
+    METHODS["bitfit"].select(loaded, terms, layers, True)
+    found = compare(loaded, load_tokenizer(model), data, settings, steps, console)
+    console.print(found.table(by_layer))
+    if output:
+        write_json(output, found.as_json())
+    _say(found.verdict)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: bitfit-fast merge runs/rte merged-rte")

@@ -1,4 +1,4 @@
-"""Put the bias-only modules into a model, and take them out again."""
+"""Put the bias-only modules or the whole encoder into a model, and take them out again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .encoder import install, uninstall
 from .errors import BitFitError, BitFitWarning, listed
 from .models.families import biases, family_of, fused_pairs
 from .modules import LayerNorm, activation_name, drop_in, original
 from .selection import NO_GRADIENT, Selection
 
-__all__ = ["Patched", "patch", "unpatch"]
+__all__ = ["Patched", "PatchedEncoder", "patch", "patch_encoder", "unpatch"]
 
 #: Attribute of a patched model and of every module in it that got a drop-in.
 _PATCHED = "_bitfit_fast_patched"
@@ -55,11 +56,44 @@ class Patched:
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
         lines += [f"left {listed(names, 3)}: {reason}" for reason, names in reasons.items()]
-        if self.no_gradient:
-            count = len(self.no_gradient)
-            biases = "key bias has" if count == 1 else "key biases have"
-            lines.append(f"{count} {biases} a gradient of zero, which is not computed")
-        return "\n".join(lines)
+        return "\n".join([*lines, *_zero_gradients(self.no_gradient)])
+
+
+@dataclass(frozen=True)
+class PatchedEncoder:
+    """What `patch_encoder` did.
+
+    Attributes
+    ----------
+    layers : int
+        How many run as one operation.
+    precision, memory : str
+        As asked for.
+    first_only : bool
+        Whether the last layer computes first tokens only.
+    no_gradient : tuple of str
+        Selected parameters whose gradient is identically zero, and is not computed.
+    """
+
+    layers: int
+    precision: str
+    memory: str
+    first_only: bool
+    no_gradient: tuple[str, ...]
+
+    def __str__(self) -> str:
+        last = ", the last one for first tokens only" if self.first_only else ""
+        line = f"{self.layers} layers run as one operation in {self.precision}{last}"
+        if self.memory != "fast":
+            line += f"; memory mode {self.memory}"
+        return "\n".join([line, *_zero_gradients(self.no_gradient)])
+
+
+def _zero_gradients(names: tuple[str, ...]) -> list[str]:
+    if not names:
+        return []
+    biases = "key bias has" if len(names) == 1 else "key biases have"
+    return [f"{len(names)} {biases} a gradient of zero, which is not computed"]
 
 
 def _concerns(module: nn.Module) -> bool:
@@ -161,10 +195,7 @@ def patch(
     BitFitWarning
         If a module with a trained bias stays as it was.
     """
-    if hasattr(model, "_orig_mod") or isinstance(model, _WRAPPERS):
-        raise BitFitError(f"patch the model before it is wrapped in {type(model).__name__}")
-    if any(_PATCHED in vars(module) for module in model.modules()):
-        raise BitFitError("the model is patched already; unpatch it first")
+    _refuse_patched(model)
     selection = selection or Selection.of(model)
     modules = dict(model.named_modules())
     chosen = {name: m for name, m in modules.items() if _replaceable(name, m)}
@@ -193,13 +224,7 @@ def patch(
             modules[taker].__class__ = drop_in(type(modules[taker]))
             modules[taker]._few_bits = few_bits
             setattr(modules[taker], _PATCHED, True)
-    zero = {bias.name for bias in biases(model) if bias.zero_gradient}
-    still = {name: p for name, p in model.named_parameters() if name in zero and p.requires_grad}
-    no_gradient = tuple(name for name in selection.names if name in still)
-    for name in no_gradient:
-        still[name].requires_grad_(False)
-    setattr(model, NO_GRADIENT, frozenset(no_gradient))
-    setattr(model, _PATCHED, True)
+    no_gradient = _skip_zero_gradients(model, selection)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     if slow := [name for name in left if f"{name}.bias" in names]:
         text = f"modules with a trained bias that stay as they were: {listed(slow, 3)}"
@@ -207,8 +232,75 @@ def patch(
     return Patched(dict(replaced), len(pairs), left, no_gradient)
 
 
+def _refuse_patched(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or isinstance(model, _WRAPPERS):
+        raise BitFitError(f"patch the model before it is wrapped in {type(model).__name__}")
+    if any(_PATCHED in vars(module) for module in model.modules()):
+        raise BitFitError("the model is patched already; unpatch it first")
+
+
+def _skip_zero_gradients(model: nn.Module, selection: Selection) -> tuple[str, ...]:
+    """Let selected biases whose gradient is identically zero require none; return their names."""
+    zero = {bias.name for bias in biases(model) if bias.zero_gradient}
+    still = {name: p for name, p in model.named_parameters() if name in zero and p.requires_grad}
+    names = tuple(name for name in selection.names if name in still)
+    for name in names:
+        still[name].requires_grad_(False)
+    setattr(model, NO_GRADIENT, frozenset(names))
+    setattr(model, _PATCHED, True)
+    return names
+
+
+def patch_encoder(
+    model: nn.Module,
+    selection: Selection | None = None,
+    precision: str = "bf16",
+    memory: str = "fast",
+) -> PatchedEncoder:
+    """Let all encoder layers of a model run as one operation, in place.
+
+    The forward pass takes the padding out of a batch, runs the layers on the tokens that are
+    left with their weights in `precision`, and computes in the last one only what the head
+    reads. The backward pass computes the gradients of biases alone and ends at the lowest one
+    that trains. Embeddings, pooler and head are the model's, in fp32. Names, parameters and
+    state dict stay as they are; what the operation cannot do, such as returning all hidden
+    states, the model's own layers do.
+
+    Parameters
+    ----------
+    model : nn.Module
+        BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, MPNet, DistilBERT, ViT or DeiT, with any head,
+        after `select`.
+    selection : Selection, optional
+        What `select` returned; by default what the model's `requires_grad` flags say.
+    precision : str
+        `bf16` or `fp32`, which agrees with the unpatched model to the rounding of fp32.
+    memory : str
+        `fast`, `low`, `lower` or `lowest`: how much is kept for the backward pass. In 16 bits
+        and for a width of d at most 18 d + 8, 14 d + 8, 10 d + 8, 4 d + 8 bytes a token and
+        layer. `low` keeps the activation's derivative in 8 bits, which is the only
+        approximation; the last two compute again what they do not keep.
+
+    Returns
+    -------
+    PatchedEncoder
+        Printing it says what was done.
+
+    Raises
+    ------
+    BitFitError
+        If the model is patched or wrapped already, or cannot run so: says what is missing.
+        Later, at the next batch, if a frozen weight has changed.
+    """
+    _refuse_patched(model)
+    encoder = install(model, precision, memory)
+    names = _skip_zero_gradients(model, selection or Selection.of(model))
+    stack = encoder.stack
+    return PatchedEncoder(len(stack.layers), precision, memory, stack.first_only, names)
+
+
 def unpatch(model: nn.Module) -> None:
-    """Take every drop-in out again; a model that has none stays as it is.
+    """Undo `patch` and `patch_encoder`; a model that is not patched stays as it is.
 
     Modules have the classes that they had, and selected key biases require a gradient again.
 
@@ -217,6 +309,7 @@ def unpatch(model: nn.Module) -> None:
     model : nn.Module
         Changed in place.
     """
+    uninstall(model)
     for module in model.modules():
         if _PATCHED not in vars(module):
             continue

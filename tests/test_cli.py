@@ -11,7 +11,7 @@ import torch
 from transformers import ModernBertConfig, T5Config, ViTConfig
 
 from bitfit_fast import cli
-from bitfit_fast.training.reference import ReferenceStep
+from bitfit_fast.training.fast import FastStep
 
 pytestmark = pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
 COMMANDS = ("train", "evaluate", "predict", "inspect", "merge")
@@ -213,7 +213,7 @@ TRAIN_REFUSALS = {
     "malformed layers": (("--layers", "one"), ("one", "0-5,11")),
     "terms of another method": (("--method", "full", "--terms", "query"), ("full",)),
     "frozen without head": (("--method", "frozen", "--no-head"), ("head",)),
-    "unknown backend": (("--backend", "warp"), ("warp", "auto, reference, modules")),
+    "unknown backend": (("--backend", "warp"), ("warp", "auto, fast, reference, modules")),
     "unknown device": (("--device", "tpu9"), ("tpu9", "auto, cpu, cuda")),
     "unknown schedule": (("--schedule", "cosine"), ("cosine", "linear, constant")),
     "unknown precision": (("--precision", "int8"), ("int8", "fp32, bf16")),
@@ -298,9 +298,9 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(run, tra
 
 
 def test_a_loss_that_is_nan_exits_with_2(run, bert_folder, files, tmp_path, monkeypatch):
-    call = ReferenceStep.__call__
+    call = FastStep.__call__
     monkeypatch.setattr(
-        ReferenceStep, "__call__", lambda self, batch: call(self, batch) * float("nan")
+        FastStep, "__call__", lambda self, batch: call(self, batch) * float("nan")
     )
     result = run(*quick(bert_folder, tmp_path / "out", "--train-file", files / "train.csv"))
     refused(result, "loss is nan at step 1", "learning rate")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -20,6 +20,7 @@ __all__ = [
     "PAPER_TERMS",
     "Bias",
     "Family",
+    "StackRow",
     "biases",
     "family_of",
     "fused_pairs",
@@ -53,6 +54,37 @@ _BIAS_NAME = re.compile(r"^bias$|_bias$|^bias_")
 
 
 @dataclass(frozen=True)
+class StackRow:
+    """What it takes to run all layers of a family as one operation.
+
+    Attributes
+    ----------
+    container : str
+        Path, below the base model, of the module that runs the layers.
+    dropouts : dict of str to str
+        Term -> path, below a layer, of the dropout of what that linear layer gives; `query`
+        stands for the one of attention's probabilities. Those of a number, not a module, are
+        the paths of the attribute.
+    activation : str
+        Path of the activation below a layer.
+    positions : str
+        `index`, or `padding` where positions count from behind the padding's index.
+    first : tuple of str
+        How the names of classes end whose head reads nothing but the first token.
+    """
+
+    container: str
+    dropouts: dict[str, str]
+    activation: str
+    positions: str = "index"
+    first: tuple[str, ...] = (
+        "ForSequenceClassification",
+        "ForMultipleChoice",
+        "ForImageClassification",
+    )
+
+
+@dataclass(frozen=True)
 class Family:
     """Where one family of models keeps its biases.
 
@@ -75,6 +107,8 @@ class Family:
         Terms whose gradient is identically zero. Softmax does not change when a number is
         added to all scores of a query, and a key bias does no more than that, as long as
         position enters neither queries nor keys after the bias.
+    stack : StackRow, optional
+        For families whose layers can run as one operation.
     """
 
     layer: str
@@ -83,6 +117,7 @@ class Family:
     fused: dict[str, str] = field(default_factory=dict)
     pre_norm: bool = False
     zero_gradient: tuple[str, ...] = ()
+    stack: StackRow | None = None
 
     def layer_path(self) -> re.Pattern[str]:
         """Return `layer` as a regular expression that ends behind the layer's dot."""
@@ -120,7 +155,18 @@ def _module(bias: str) -> str:
     return bias.removesuffix(".bias")
 
 
-def _bert(**changes: str) -> Family:
+_BERT_STACK = StackRow(
+    "encoder",
+    {
+        "query": "attention.self.dropout",
+        "attention-output": "attention.output.dropout",
+        "output": "output.dropout",
+    },
+    "intermediate.intermediate_act_fn",
+)
+
+
+def _bert(stack: StackRow | None = _BERT_STACK, **changes: str) -> Family:
     """Return BERT's row, with the bias paths named in `changes` put elsewhere."""
     inside = {
         "query": "attention.self.query.bias",
@@ -143,10 +189,11 @@ def _bert(**changes: str) -> Family:
         "attention-output": _module(inside["attention-layernorm"]),
         "output": _module(inside["output-layernorm"]),
     }
-    return Family("encoder.layer.*", inside, outside, fused, zero_gradient=("key",))
+    return Family("encoder.layer.*", inside, outside, fused, zero_gradient=("key",), stack=stack)
 
 
 _BERT = _bert()
+_ROBERTA = _bert(replace(_BERT_STACK, positions="padding"))
 _DEBERTA_OUTSIDE = {
     "embedding-layernorm": "embeddings.LayerNorm.bias",
     "relative-layernorm": "encoder.LayerNorm.bias",
@@ -174,16 +221,35 @@ _VIT = Family(
     {"intermediate": "mlp.activation_fn", "attention-output": "layernorm_after"},
     pre_norm=True,
     zero_gradient=("key",),
+    stack=StackRow(
+        "layers",
+        {
+            "query": "attention.attention_dropout",
+            "attention-output": "dropout",
+            "output": "dropout",
+        },
+        "mlp.activation_fn",
+    ),
 )
 
 #: Rows by the `model_type` of the model's configuration.
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
     "electra": _BERT,
     "mpnet": _bert(
+        StackRow(
+            "encoder",
+            {
+                "query": "attention.attn.dropout",
+                "attention-output": "attention.dropout",
+                "output": "output.dropout",
+            },
+            "intermediate.intermediate_act_fn",
+            positions="padding",
+        ),
         query="attention.attn.q.bias",
         key="attention.attn.k.bias",
         value="attention.attn.v.bias",
@@ -209,6 +275,11 @@ FAMILIES: dict[str, Family] = {
             "output": "output_layer_norm",
         },
         zero_gradient=("key",),
+        stack=StackRow(
+            "transformer",
+            {"query": "attention.dropout", "output": "ffn.dropout"},
+            "ffn.activation",
+        ),
     ),
     "albert": Family(
         "encoder.albert_layer_groups.*.albert_layers.*",

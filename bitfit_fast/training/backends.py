@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Collate
 from ..errors import BitFitError, listed
 from ..selection import Selection
+from .fast import FastBackend
 from .modules import ModulesBackend
 from .reference import ReferenceBackend
 from .settings import Plan
@@ -40,6 +41,9 @@ class Step(Protocol):
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
         """Continue after `steps` steps."""
 
+    def close(self) -> None:
+        """Let go of the model, which may be trained in another way then."""
+
 
 class Backend(Protocol):
     """A way to train."""
@@ -52,7 +56,9 @@ class Backend(Protocol):
         Asked before the model moves to `plan.device`.
         """
 
-    def patch(self, model: nn.Module, selection: Selection) -> tuple[Callable[[], None], str]:
+    def patch(
+        self, model: nn.Module, selection: Selection, plan: Plan
+    ) -> tuple[Callable[[], None], str]:
         """Make the model fast, in place, with the same parameters and outputs.
 
         Returns what undoes it, which is called however training ends, and what to tell the
@@ -72,23 +78,33 @@ class Backend(Protocol):
 
 #: By name, the one to be preferred first.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (ReferenceBackend(), ModulesBackend())
+    backend.name: backend for backend in (FastBackend(), ReferenceBackend(), ModulesBackend())
 }
 
 
-def choose_backend(name: str, model: nn.Module, selection: Selection, plan: Plan) -> Backend:
-    """Return the backend `name`, or for `auto` the first that takes the model.
+def choose_backend(
+    name: str, model: nn.Module, selection: Selection, plan: Plan
+) -> tuple[Backend, str]:
+    """Return the backend `name`, or for `auto` the first that takes the model; and why that one.
 
     Raises
     ------
     BitFitError
-        For an unknown name, or a backend that refuses the model; says why.
+        For an unknown name, or a backend that refuses the model; says why, and what `auto`
+        would do.
     """
-    if name == "auto":
-        return next(b for b in BACKENDS.values() if b.refusal(model, selection, plan) is None)
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise BitFitError(f"unknown backend '{name}'; valid ones are auto, {listed(BACKENDS)}")
-    refusal = BACKENDS[name].refusal(model, selection, plan)
-    if refusal is not None:
-        raise BitFitError(f"backend '{name}' cannot train this model: {refusal}")
-    return BACKENDS[name]
+    refusals = {key: b.refusal(model, selection, plan) for key, b in BACKENDS.items()}
+    willing = [key for key, refusal in refusals.items() if refusal is None]
+    if name == "auto" and willing:
+        passed = list(refusals)[: list(refusals).index(willing[0])]
+        why = "; ".join(f"{key} cannot train this model: {refusals[key]}" for key in passed)
+        return BACKENDS[willing[0]], why or "the fastest, and it takes this model"
+    if name == "auto":
+        reasons = "; ".join(f"{key}: {refusal}" for key, refusal in refusals.items())
+        raise BitFitError(f"no backend can train this model ({reasons})")
+    if refusals[name] is not None:
+        instead = f"; auto would take {willing[0]}" if willing else ""
+        raise BitFitError(f"backend '{name}' cannot train this model: {refusals[name]}{instead}")
+    return BACKENDS[name], "asked for"

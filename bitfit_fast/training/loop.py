@@ -170,7 +170,7 @@ class _Run:
         self.device = choose_device(settings.device)
         examples = max(1, round(settings.train_fraction * len(data.train)))
         self.plan = Plan.of(settings, self.selection.method, examples, self.device)
-        self.backend = choose_backend(settings.backend, model, self.selection, self.plan)
+        self.backend, self.why = choose_backend(settings.backend, model, self.selection, self.plan)
         self.base = fingerprint(model, stored(model))
 
         train = data.train.take(_subset(len(data.train), examples, settings.seed))
@@ -209,10 +209,11 @@ class _Run:
         _name_outputs(self.model, self.data)
         align_weights(self.model)
         self.model.to(self.device)
-        undo, said = self.backend.patch(self.model, self.selection)
+        undo, said = self.backend.patch(self.model, self.selection, self.plan)
         try:
-            if self.console and said:
-                self.console.print(said)
+            if self.console:
+                line = f"backend {self.backend.name} ({self.why})"
+                self.console.print("\n".join([line, said] if said else [line]), markup=False)
             self.model.train()
             return self._fit(resume)
         finally:
@@ -221,6 +222,12 @@ class _Run:
 
     def _fit(self, resume: bool) -> dict[str, Any]:
         self.step = self.backend.step(self.model, self.plan)
+        try:
+            return self._steps(resume)
+        finally:
+            self.step.close()
+
+    def _steps(self, resume: bool) -> dict[str, Any]:
         if self.folder and resume and self.folder.state.exists():
             optimizer, self.progress = self.folder.load_state(self.model, self.base, self.device)
             self.step.restore(optimizer, self.progress.step)

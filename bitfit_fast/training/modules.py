@@ -9,7 +9,7 @@ from torch import nn
 
 from ..patching import patch, unpatch
 from ..selection import WEIGHTS, Selection
-from .reference import ReferenceBackend
+from .reference import ReferenceBackend, without_memory_modes
 from .settings import Plan
 
 __all__ = ["ModulesBackend"]
@@ -22,9 +22,13 @@ class ModulesBackend(ReferenceBackend):
 
     def refusal(self, model: nn.Module, selection: Selection, plan: Plan) -> str | None:
         """Return why drop-ins would not help, or None."""
-        return "its weights train" if WEIGHTS in selection.counts else None
+        if WEIGHTS in selection.counts:
+            return "its weights train"
+        return without_memory_modes(plan)
 
-    def patch(self, model: nn.Module, selection: Selection) -> tuple[Callable[[], None], str]:
+    def patch(
+        self, model: nn.Module, selection: Selection, plan: Plan
+    ) -> tuple[Callable[[], None], str]:
         """Replace linear layers and LayerNorms with frozen weights."""
         done = patch(model, selection)
         return partial(unpatch, model), str(done)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Collate, pad
+from ..encoder import MEMORY
 from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
 
@@ -70,6 +71,16 @@ class ReferenceStep:
             place = value if key == "step" else value.to(parameter.device)
             self.optimizer.state[parameter][key] = place.clone()
 
+    def close(self) -> None:
+        """Leave the model as it is."""
+
+
+def without_memory_modes(plan: Plan) -> str | None:
+    """Refuse a plan that asks for less memory, which only the fast backend knows how to."""
+    if plan.memory == MEMORY[0]:
+        return None
+    return f"it has no memory modes, and '{plan.memory}' is asked for"
+
 
 class ReferenceBackend:
     """Unchanged modules, padded batches, autograd, AdamW."""
@@ -77,10 +88,12 @@ class ReferenceBackend:
     name = "reference"
 
     def refusal(self, model: nn.Module, selection: Selection, plan: Plan) -> str | None:
-        """Return why this backend cannot train the model, or None: it always can."""
-        return None
+        """Return why this backend cannot train the model so, or None."""
+        return without_memory_modes(plan)
 
-    def patch(self, model: nn.Module, selection: Selection) -> tuple[Callable[[], None], str]:
+    def patch(
+        self, model: nn.Module, selection: Selection, plan: Plan
+    ) -> tuple[Callable[[], None], str]:
         """Leave the model as it is."""
         return lambda: None, ""
 

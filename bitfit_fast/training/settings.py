@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..encoder import MEMORY, PRECISIONS
 from ..errors import BitFitError, BitFitWarning, listed
 from ..selection import METHODS
 
@@ -19,8 +20,6 @@ MIN_STEPS = 500
 PAPER_LR = (1e-4, 1e-3)
 DEFAULT_EPOCHS = 3
 DEFAULT_EVALUATIONS = 10
-
-PRECISIONS = ("fp32", "bf16")
 
 #: Factor of the learning rate after warm-up, at progress 0..1 through the remaining steps.
 SCHEDULES = {
@@ -63,6 +62,9 @@ class Settings:
         Evaluations without a better main metric after which the run ends.
     backend, device : str
         A key of `BACKENDS` or `auto`; a torch device or `auto`.
+    memory : str
+        How much the fast backend keeps for the backward pass: `fast`, `low`, `lower` or
+        `lowest`; see `patch_encoder`.
 
     Raises
     ------
@@ -85,6 +87,7 @@ class Settings:
     patience: int | None = None
     backend: str = "auto"
     device: str = "auto"
+    memory: str = MEMORY[0]
 
     def __post_init__(self) -> None:
         for name, valid, ranges in (
@@ -97,6 +100,7 @@ class Settings:
             ("schedule", lambda v: v in SCHEDULES, f"one of {listed(SCHEDULES)}"),
             ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
             ("precision", lambda v: v in PRECISIONS, f"one of {listed(PRECISIONS)}"),
+            ("memory", lambda v: v in MEMORY, f"one of {listed(MEMORY)}"),
             ("train_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("grad_clip", lambda v: 0 <= v < math.inf, "at least 0"),
             ("eval_every", lambda v: v >= 1, "at least 1"),
@@ -119,7 +123,7 @@ class Plan:
         Peak learning rate.
     device : torch.device
         Where it trains.
-    schedule, precision, grad_clip, batch_size, max_length
+    schedule, precision, grad_clip, batch_size, max_length, memory
         As in `Settings`.
     """
 
@@ -134,6 +138,7 @@ class Plan:
     batch_size: int
     max_length: int
     device: torch.device
+    memory: str = MEMORY[0]
 
     @classmethod
     def of(
@@ -178,6 +183,7 @@ class Plan:
             batch_size=settings.batch_size,
             max_length=settings.max_length,
             device=device or torch.device("cpu"),
+            memory=settings.memory,
         )
 
     def lr_at(self, step: int) -> float:

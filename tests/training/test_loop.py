@@ -210,9 +210,9 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(
     bert_folder, tmp_path, monkeypatch
 ):
     model, tokenizer = fresh(bert_folder)
-    from bitfit_fast.training.reference import ReferenceStep
+    from bitfit_fast.training.fast import FastStep
 
-    call = ReferenceStep.__call__
+    call = FastStep.__call__
 
     def poisoned(self, batch):
         if self.steps == 9:
@@ -220,7 +220,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(
                 self.model.classifier.bias.fill_(float("nan"))
         return call(self, batch)
 
-    monkeypatch.setattr(ReferenceStep, "__call__", poisoned)
+    monkeypatch.setattr(FastStep, "__call__", poisoned)
     with pytest.raises(BitFitError, match=r"loss is nan at step 10, .* checkpoint of step \d+"):
         bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
     kept = bitfit_fast.read(tmp_path / "run").tensors
@@ -233,9 +233,9 @@ def test_an_update_that_breaks_the_model_right_before_an_evaluation_is_not_saved
     bert_folder, tmp_path, monkeypatch
 ):
     model, tokenizer = fresh(bert_folder)
-    from bitfit_fast.training.reference import ReferenceStep
+    from bitfit_fast.training.fast import FastStep
 
-    call = ReferenceStep.__call__
+    call = FastStep.__call__
 
     def poisoned(self, batch):
         loss = call(self, batch)
@@ -244,7 +244,7 @@ def test_an_update_that_breaks_the_model_right_before_an_evaluation_is_not_saved
                 self.model.classifier.bias.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(ReferenceStep, "__call__", poisoned)
+    monkeypatch.setattr(FastStep, "__call__", poisoned)
     with pytest.raises(BitFitError, match="at step 8"):
         bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run")
     assert {row["step"] for row in lines(tmp_path / "run")} == {4}
@@ -307,15 +307,15 @@ def test_a_device_that_is_not_there_is_refused(bert_folder):
 def test_the_step_of_a_nan_is_named_where_losses_are_read_in_windows(
     bert_folder, tmp_path, monkeypatch
 ):
-    from bitfit_fast.training.reference import ReferenceStep
+    from bitfit_fast.training.fast import FastStep
 
     monkeypatch.setitem(loop._LOG_EVERY, "cpu", 10)
-    call = ReferenceStep.__call__
+    call = FastStep.__call__
 
     def nan_from_step_2(self, batch):
         return call(self, batch) * (float("nan") if self.steps >= 2 else 1.0)
 
-    monkeypatch.setattr(ReferenceStep, "__call__", nan_from_step_2)
+    monkeypatch.setattr(FastStep, "__call__", nan_from_step_2)
     with pytest.raises(BitFitError, match="loss is nan at step 2,"):
         bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -324,11 +324,11 @@ def test_the_step_of_a_nan_is_named_where_losses_are_read_in_windows(
 def test_an_old_run_goes_only_when_the_new_one_has_something_to_show(
     bert_folder, tmp_path, monkeypatch
 ):
-    from bitfit_fast.training.reference import ReferenceStep
+    from bitfit_fast.training.fast import FastStep
 
     bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run")
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    monkeypatch.setattr(ReferenceStep, "__call__", lambda self, batch: torch.tensor(float("nan")))
+    monkeypatch.setattr(FastStep, "__call__", lambda self, batch: torch.tensor(float("nan")))
     monkeypatch.setattr(loop._Run, "_check_gradients", lambda self: None)
     with pytest.raises(BitFitError, match="loss is nan"):
         bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS, tmp_path / "run", overwrite=True)
@@ -397,7 +397,7 @@ def test_a_backend_is_asked_patched_and_undone_however_training_ends(bert_folder
         def refusal(self, model, selection, plan):
             calls.append(("refusal", plan.device.type, plan.batch_size))
 
-        def patch(self, model, selection):
+        def patch(self, model, selection, plan):
             calls.append("patch")
             return lambda: calls.append("undo"), ""
 

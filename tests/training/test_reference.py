@@ -1,6 +1,7 @@
 """The reference step against a training loop written out by hand."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -128,8 +129,17 @@ def test_auto_takes_the_first_backend_that_does_not_refuse(model, monkeypatch):
     monkeypatch.setattr(
         "bitfit_fast.training.backends.BACKENDS", {"picky": Picky(), **reference}, raising=True
     )
-    assert choose_backend("auto", model, selection, plan()).name == "reference"
-    with pytest.raises(BitFitError, match="'picky' cannot train this model: it is Tuesday"):
+    backend, why = choose_backend("auto", model, selection, plan())
+    assert backend.name == "fast"
+    assert why == "picky cannot train this model: it is Tuesday"
+    match = "'picky' cannot train this model: it is Tuesday; auto would take fast"
+    with pytest.raises(BitFitError, match=match):
         choose_backend("picky", model, selection, plan())
     with pytest.raises(BitFitError, match="unknown backend 'slow'; valid ones are auto, picky"):
         choose_backend("slow", model, selection, plan())
+    model.bert.encoder.layer[0].output.dense.weight.requires_grad_(True)
+    backend, why = choose_backend("auto", model, bitfit_fast.Selection.of(model), plan())
+    assert backend.name == "reference" and "output.dense trains" in why
+    low = dataclasses.replace(plan(), memory="low")
+    with pytest.raises(BitFitError, match="no backend can train .* memory modes, and 'low' is"):
+        choose_backend("auto", model, bitfit_fast.Selection.of(model), low)

@@ -1,0 +1,692 @@
+"""All layers of an encoder as one operation, whose backward pass computes bias gradients alone.
+
+An encoder is a chain of sublayers, attention and feed-forward block in turn, with a junction
+behind each:
+
+    s = residual + dropout(z + b),   y = LayerNorm(s)
+
+where z is what the sublayer's last product gives. The next sublayer takes y; the residual goes on
+from y (post-norm) or from s (pre-norm). Pre-norm encoders begin with a junction that has no
+sublayer, and end with one that has no LayerNorm.
+
+The backward pass ends at the lowest parameter that trains. What it keeps of each token and layer,
+in bytes for a width of d, a feed-forward block of 4 d and 16 bits a number:
+
+    fast     18 d + 8   q k v, both junctions, the activation's input or derivative
+    low      14 d + 8   the derivative in 8 bits, the only approximation
+    lower    10 d + 8   the feed-forward block runs again up to its activation
+    lowest    4 d + 8   q k v are computed again, too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._autograd import once
+from ..ops._backend import uses_native, uses_triton
+from ..ops.activation import activation_fwd
+from ..ops.column_sum import bias_gradient, column_sum
+from ..ops.dropout import dropout, new_seed
+from ..ops.layer_norm import layer_norm_bwd, layer_norm_fwd
+from ..ops.linear import linear_activation_bwd
+from ..packing import Packing
+from .attention import attention_bwd, attention_fwd, joined
+from .product import Product
+
+__all__ = ["MEMORY", "ROLES", "Junction", "Layer", "Rate", "Stack"]
+
+#: Biases of a layer, by the terms of the family table, in the order of the operation's inputs.
+ROLES = (
+    "query",
+    "key",
+    "value",
+    "attention-output",
+    "attention-layernorm",
+    "intermediate",
+    "output",
+    "output-layernorm",
+)
+_QUERY, _KEY, _VALUE, _, _, _UP, _, _ = range(len(ROLES))
+
+#: How much is kept for the backward pass, the most first.
+MEMORY = ("fast", "low", "lower", "lowest")
+
+#: Rows of the feed-forward block that run at once where memory is to be saved.
+_CHUNK = 2048
+#: Seeds of one forward pass are so far apart that no two masks share a row.
+_SEEDS_APART = 2**40
+
+#: Places at which a parameter can be, from the bottom: the input, the first junction of a
+#: pre-norm encoder, and in each layer its q, k and v, a junction, the first projection of the
+#: feed-forward block, and another junction.
+_INPUT, _ENTRY = 0, 1
+_QKV, _MIDDLE, _INNER, _END = range(4)
+
+
+def _place(layer: int, part: int) -> int:
+    return 2 + 4 * layer + part
+
+
+@dataclass
+class Rate:
+    """The probability with which a module of the model drops elements, asked at each step."""
+
+    module: nn.Module
+    attribute: str
+
+    def __call__(self) -> float:
+        """Return it, 0 in evaluation mode."""
+        return float(getattr(self.module, self.attribute)) if self.module.training else 0.0
+
+
+@dataclass
+class Junction:
+    """The bias, dropout, residual and LayerNorm behind a sublayer.
+
+    Attributes
+    ----------
+    bias, beta : int or None
+        Which of the operation's inputs they are; None for a junction without sublayer, or
+        without LayerNorm.
+    gamma : Tensor or None
+        `[d]` fp32.
+    eps : float
+        Added to the variance.
+    dropout : Rate or None
+        Of what the bias is added to.
+    """
+
+    bias: int | None
+    beta: int | None
+    gamma: Tensor | None
+    eps: float
+    dropout: Rate | None
+
+
+@dataclass
+class Layer:
+    """The frozen weights of one layer.
+
+    Attributes
+    ----------
+    qkv, out, up, down : Product
+        `[3 d, d]`, `[d, d]`, `[f, d]`, `[d, f]`.
+    act : str
+        One of `ops.ACTIVATIONS`.
+    dropout : Rate or None
+        Of attention's probabilities.
+    middle, end : Junction
+        Behind attention, and behind the feed-forward block.
+    """
+
+    qkv: Product
+    out: Product
+    up: Product
+    down: Product
+    act: str
+    dropout: Rate | None
+    middle: Junction
+    end: Junction
+
+
+@dataclass
+class Stack:
+    """The layers of an encoder, and how they run.
+
+    Attributes
+    ----------
+    layers : list of Layer
+        From the bottom.
+    heads : int
+        Of attention.
+    dtype : torch.dtype
+        Of weights and activations.
+    pre_norm : bool
+        Whether the residual goes on from before the LayerNorm.
+    entry : Junction or None
+        The LayerNorm before the first layer of a pre-norm encoder.
+    memory : str
+        One of `MEMORY`.
+    first_only : bool
+        Whether the last layer computes only the rows of first tokens, all that the head reads.
+    stops : bool
+        Whether the backward pass ends at the lowest parameter that trains.
+    """
+
+    layers: list[Layer]
+    heads: int
+    dtype: torch.dtype
+    pre_norm: bool = False
+    entry: Junction | None = None
+    memory: str = "fast"
+    first_only: bool = False
+    stops: bool = True
+
+    def __call__(
+        self,
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        packing: Packing,
+        bias: Tensor | None = None,
+        embedding_beta: Tensor | None = None,
+        sinks: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Run all layers.
+
+        Parameters
+        ----------
+        x : Tensor
+            `[T, d]`, the packed tokens' embeddings.
+        biases : sequence of Tensor
+            fp32, eight a layer, in the order of `ROLES`; None for one that the model lacks.
+        packing : Packing
+            Where the sequences lie.
+        bias : Tensor, optional
+            `[H, S, S]`, added to the scores of attention.
+        embedding_beta : Tensor, optional
+            The bias of a LayerNorm that `x` is the output of, which needs no gradient then.
+            It is computed from those of q, k and v without the gradient of `x`.
+        sinks : sequence of Tensor, optional
+            Where the gradient of each bias is added, instead of being handed to autograd;
+            None for those that do not train.
+
+        Returns
+        -------
+        Tensor
+            `[T, d]`, or `[B, d]` with `first_only`, in the dtype of `x`. It cannot be
+            differentiated twice.
+        """
+        run = _Run(self, packing, bias, sinks)
+        with torch.autocast(x.device.type, enabled=False):
+            return _Encoder.apply(run, torch.is_grad_enabled(), x, embedding_beta, *biases)
+
+
+class _Encoder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: _Run,
+        grad: bool,
+        x: Tensor,
+        embedding_beta: Tensor | None,
+        *biases: Tensor | None,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad
+        keeps = grad and any(needs)
+        run.begin(biases, keeps, needs[2], needs[3], needs[4:])
+        out = run.forward(x.to(run.stack.dtype))
+        if keeps:
+            ctx.run, ctx.dtype = run, x.dtype
+            ctx.save_for_backward(*run.take_kept(), *biases)
+        return out.to(x.dtype) if out.dtype != x.dtype else out.view_as(out)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        run, tensors = ctx.run, ctx.saved_tensors
+        count = len(run.needs)
+        run.restore(tensors[: len(tensors) - count], tensors[len(tensors) - count :])
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = run.backward(dy.to(run.stack.dtype))
+        gradients = run.finish()
+        dx = dx.to(ctx.dtype) if dx is not None and ctx.needs_input_grad[2] else None
+        return (None, None, dx, *gradients)
+
+
+#: What a junction keeps: normalised rows and the inverse deviation; or the rows, mean, inverse.
+_Kept = tuple[Tensor, "Tensor | None", Tensor]
+
+
+@dataclass
+class _Run:
+    """One forward pass and its backward pass."""
+
+    stack: Stack
+    packing: Packing
+    bias: Tensor | None
+    sinks: Sequence[Tensor | None] | None
+    needs: tuple[bool, ...] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def begin(
+        self,
+        biases: Sequence[Tensor | None],
+        keeps: bool,
+        needs_input: bool,
+        needs_embedding_beta: bool,
+        needs: Sequence[bool],
+    ) -> None:
+        self.biases, self.keeps = biases, keeps
+        self.needs_input, self.needs_embedding_beta = needs_input, needs_embedding_beta
+        self.needs = tuple(needs)
+        self.lowest = self._lowest()
+        self.kept: list[Tensor | None] = []
+        self.dropouts = self._dropouts()
+        self.seeds = None
+        if any(self.dropouts):
+            count = len(self.dropouts)
+            device = self.packing.device
+            self.seeds = new_seed(device) + _SEEDS_APART * torch.arange(count, device=device)
+
+    def _dropouts(self) -> list[float]:
+        """Return the probability of each dropout: attention's and both junctions' a layer."""
+        return [
+            0.0 if rate is None else rate()
+            for layer in self.stack.layers
+            for rate in (layer.dropout, layer.middle.dropout, layer.end.dropout)
+        ]
+
+    def _lowest(self) -> int:
+        """Return the lowest place at which something needs a gradient."""
+        if self.needs_input or self.needs_embedding_beta or not self.stack.stops:
+            return _INPUT
+        places = [self._place_of(i) for i, needed in enumerate(self.needs) if needed]
+        return min(places, default=_place(len(self.stack.layers), 0))
+
+    def _place_of(self, index: int) -> int:
+        layer, role = divmod(index, len(ROLES))
+        if role in (_QUERY, _KEY, _VALUE):
+            return _place(layer, _QKV)
+        if role == _UP:
+            return _place(layer, _INNER)
+        for number, one in enumerate(self.stack.layers):
+            if index in (one.middle.bias, one.middle.beta):
+                return _place(number, _MIDDLE)
+            if index in (one.end.bias, one.end.beta):
+                return _place(number, _END)
+        return _ENTRY
+
+    def _drop(self, number: int) -> tuple[float, Tensor | None]:
+        """Return probability and seed of a dropout: three a layer, as in `_dropouts`."""
+        p = self.dropouts[number]
+        return p, None if not p or self.seeds is None else self.seeds[number : number + 1]
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for the backward pass, which takes them in the opposite order."""
+        if self.keeps:
+            self.kept.extend(tensors)
+
+    def take_kept(self) -> list[Tensor | None]:
+        """Hand out what was kept, for autograd to look after."""
+        kept, self.kept = [*self.kept, self.seeds], []
+        self.biases = ()
+        return kept
+
+    def restore(self, kept: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
+        """Take back what was kept."""
+        self.kept, self.biases = list(kept), biases
+        self.seeds = self.kept.pop()
+        self.gradients = [None] * len(biases)
+        self.embedding_gradient: Tensor | None = None
+
+    def _taken(self, count: int) -> list[Any]:
+        taken = self.kept[-count:]
+        del self.kept[-count:]
+        return taken
+
+    def _note(self, index: int | None, gradient: Tensor) -> None:
+        if index is not None and self.needs[index]:
+            self.gradients[index] = gradient
+
+    def finish(self) -> list[Tensor | None]:
+        """Return the gradients of the embeddings' bias and of each bias."""
+        for index, (bias, needed) in enumerate(zip(self.biases, self.needs)):
+            if needed and self.gradients[index] is None:
+                # that of keys is zero; any other would be a hole in the backward pass
+                assert bias is not None and index % len(ROLES) == _KEY, f"no gradient of {index}"
+                self.gradients[index] = torch.zeros_like(bias)
+        if self.sinks is None:
+            return [self.embedding_gradient, *self.gradients]
+        into, added = [], []
+        for index, sink in enumerate(self.sinks):
+            gradient = self.gradients[index]
+            if sink is not None and gradient is not None:
+                into.append(sink)
+                added.append(gradient)
+                self.gradients[index] = None
+        if into:
+            torch._foreach_add_(into, added)
+        return [self.embedding_gradient, *self.gradients]
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack, last = self.stack, len(self.stack.layers) - 1
+        residual, y = x, x
+        if stack.entry is not None:
+            y = self._enter(x)
+        elif stack.memory == "lowest":
+            self.keep(x)
+        for number, layer in enumerate(stack.layers):
+            first = stack.first_only and number == last
+            z = self._attention(number, y, first)
+            if first:
+                residual = residual.index_select(0, self.packing.first)
+            y, residual = self._join(layer.middle, z, residual, 3 * number + 1)
+            z = self._feed_forward(layer, y, number)
+            y, residual = self._join(layer.end, z, residual, 3 * number + 2)
+        return y
+
+    def _enter(self, x: Tensor) -> Tensor:
+        entry = self.stack.entry
+        assert entry is not None and entry.gamma is not None
+        beta = self._bias(entry.beta)
+        out = layer_norm_fwd(
+            x, entry.gamma, beta, None, None, 0.0, None, entry.eps, x.dtype, self.keeps, False
+        )
+        self.keep(x, *out[1:])
+        return out[0]
+
+    def _bias(self, index: int | None) -> Tensor | None:
+        return None if index is None else self.biases[index]
+
+    def _join(
+        self, junction: Junction, z: Tensor, residual: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the next sublayer takes, and the residual that goes on."""
+        p, seed = self._drop(number)
+        pre_norm = self.stack.pre_norm
+        b = self._bias(junction.bias)
+        if junction.gamma is None:
+            z = z if b is None else z + b.to(z.dtype)
+            s = residual + (dropout(z, p, seed) if seed is not None else z)
+            return s, s
+        y, *kept = layer_norm_fwd(
+            z,
+            junction.gamma,
+            self._bias(junction.beta),
+            b,
+            residual,
+            p,
+            seed,
+            junction.eps,
+            z.dtype,
+            self.keeps,
+            pre_norm,
+        )
+        if not pre_norm:
+            if self.keeps:
+                self.keep(kept[0], None, kept[1])
+            return y, y
+        self.keep(*kept)
+        return y, kept[0]
+
+    def _qkv_bias(self, number: int, roles: Sequence[int]) -> Tensor | None:
+        """Return the joined biases of some of q, k and v."""
+        at = number * len(ROLES)
+        parts = [self.biases[at + role] for role in roles]
+        width = self.stack.layers[number].out.weight.shape[1]
+        if all(part is None for part in parts):
+            return None
+        dtype, device = self.stack.dtype, self.packing.device
+        zero = torch.zeros(width, device=device)
+        return torch.cat([zero if part is None else part for part in parts]).to(dtype)
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Return `[*, parts, H, D]` of `[*, parts d]`."""
+        width = self.stack.layers[0].out.weight.shape[1]
+        return rows.view(rows.shape[0], -1, self.stack.heads, width // self.stack.heads)
+
+    def _project(self, number: int, x: Tensor, first: bool) -> tuple[Tensor, ...]:
+        """Return q, k and v in one tensor, or q of first tokens, and k and v."""
+        layer = self.stack.layers[number]
+        if not first:
+            return (layer.qkv(x, self._qkv_bias(number, (_QUERY, _KEY, _VALUE))),)
+        width = layer.out.weight.shape[1]
+        kv = layer.qkv.part(width, 3 * width)(x, self._qkv_bias(number, (_KEY, _VALUE)))
+        rows = x.index_select(0, self.packing.first)
+        return layer.qkv.part(0, width)(rows, self._qkv_bias(number, (_QUERY,))), kv
+
+    def _apart(self, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v by head, `[*, H, D]`."""
+        q, k, v = (part for rows in projected for part in self._heads(rows).unbind(1))
+        return q, k, v
+
+    def _attention(self, number: int, x: Tensor, first: bool) -> Tensor:
+        projected = self._project(number, x, first)
+        if self.stack.memory != "lowest":
+            self.keep(*projected)
+        o = attention_fwd(*self._apart(projected), self.packing, *self._drop(3 * number), self.bias)
+        return self.stack.layers[number].out(o.flatten(1))
+
+    def _feed_forward(self, layer: Layer, y: Tensor, number: int) -> Tensor:
+        b = self.biases[number * len(ROLES) + _UP]
+        if self._recomputes:
+            z = y.new_empty(y.shape[0], layer.down.weight.shape[0])
+            for rows in _chunks(y):
+                h, _ = activation_fwd(layer.up(y[rows]), b, layer.act, False)
+                z[rows] = layer.down(h)
+            return z
+        u = layer.up(y)
+        h, kept = _activate(u, b, layer.act, self.stack.memory == "low", self.keeps)
+        self.keep(kept)
+        return layer.down(h)
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.stack.memory in ("lower", "lowest")
+
+    # ------------------------------------------------------------------ backward
+
+    def backward(self, dy: Tensor) -> Tensor | None:
+        """Return the gradient of the input, or None where nothing below needs one."""
+        stack, last = self.stack, len(self.stack.layers) - 1
+        residual: Tensor | None = None  # the gradient of the residual that goes on
+        for number in range(last, -1, -1):
+            layer, first = stack.layers[number], stack.first_only and number == last
+            left = self._leave(layer.end, dy, residual, 3 * number + 2, _place(number, _END))
+            if left is None:
+                return None
+            residual, dz = left
+            inner = self._feed_forward_bwd(layer, number, dz, residual)
+            if inner is None:
+                return None
+            left = self._leave(
+                layer.middle, inner, residual, 3 * number + 1, _place(number, _MIDDLE)
+            )
+            if left is None:
+                return None
+            residual, dz = left
+            below = self._attention_bwd(number, dz, residual, first)
+            if below is None:
+                return None
+            dy, residual = below
+        if stack.entry is not None:
+            return self._enter_bwd(dy, residual)
+        if self.needs_embedding_beta:
+            self.embedding_gradient = bias_gradient(dy)
+        return dy
+
+    def _enter_bwd(self, dy: Tensor, residual: Tensor | None) -> Tensor | None:
+        entry = self.stack.entry
+        assert entry is not None and entry.gamma is not None and entry.beta is not None
+        x, mean, rstd = self._taken(3)
+        if self.lowest >= _ENTRY:
+            self._note(entry.beta, bias_gradient(dy))
+            return None
+        dx, _, sums = layer_norm_bwd(
+            dy, x, mean, rstd, entry.gamma, residual, 0.0, None, dy.dtype, dy.dtype,
+            self.needs[entry.beta], False, False,
+        )  # fmt: skip
+        if self.needs[entry.beta]:
+            self._note(entry.beta, sums[0])
+        return dx
+
+    def _leave(
+        self, junction: Junction, dy: Tensor, residual: Tensor | None, number: int, place: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the gradients of the residual and of the sublayer's output.
+
+        None where nothing below needs them.
+        """
+        p, seed = self._drop(number)
+        needs_bias = junction.bias is not None and self.needs[junction.bias]
+        if junction.gamma is None:
+            ds = dy if residual is None else dy + residual
+            if needs_bias:
+                self._note(junction.bias, column_sum(ds, None, p, seed))
+            if place <= self.lowest:
+                return None
+            return ds, ds if seed is None else dropout(ds, p, seed)
+        kept, mean, rstd = self._taken(3)
+        assert junction.beta is not None
+        needs_beta = self.needs[junction.beta]
+        if place <= self.lowest and not needs_bias:
+            self._note(junction.beta, bias_gradient(dy))
+            return None
+        ds, dz, sums = layer_norm_bwd(
+            dy, kept, mean, rstd, junction.gamma, residual if self.stack.pre_norm else None,
+            p, seed, dy.dtype, dy.dtype, needs_beta, needs_bias, False,
+        )  # fmt: skip
+        if needs_beta:
+            self._note(junction.beta, sums[0])
+        if needs_bias:
+            self._note(junction.bias, sums[-1])
+        return None if place <= self.lowest else (ds, dz if dz.numel() else ds)
+
+    def _onto(self, residual: Tensor) -> Tensor | None:
+        """Return the residual's gradient where the next junction wants it added already."""
+        return None if self.stack.pre_norm else residual
+
+    def _feed_forward_bwd(
+        self, layer: Layer, number: int, dz: Tensor, residual: Tensor
+    ) -> Tensor | None:
+        index = number * len(ROLES) + _UP
+        b, ends = self.biases[index], _place(number, _INNER) <= self.lowest
+        if not self._recomputes:
+            (kept,) = self._taken(1)
+            du, db = _activate_bwd(layer.down, dz, kept, b, layer.act)
+            self._note(index, db)
+            return None if ends else layer.up.backward(du, self._onto(residual))
+        y = self._normalised(layer.middle)
+        dy = torch.zeros_like(y) if self.stack.pre_norm else residual
+        total = y.new_zeros(layer.up.weight.shape[0], dtype=torch.float32)
+        for rows in _chunks(y):
+            du, db = linear_activation_bwd(
+                dz[rows], layer.down.weight, layer.up(y[rows]), b, layer.act
+            )
+            total += db
+            if not ends:
+                layer.up.backward(du, dy[rows])
+        self._note(index, total)
+        return None if ends else dy
+
+    def _normalised(self, junction: Junction | None) -> Tensor:
+        """Compute a junction's output again from what lies on top of what was kept."""
+        assert junction is not None and junction.gamma is not None
+        kept, mean, rstd = self.kept[-3:]
+        beta = self._bias(junction.beta)
+        assert kept is not None and rstd is not None
+        rows = kept.float()
+        if mean is not None:
+            rows = (rows - mean[:, None]) * rstd[:, None]
+        rows = rows * junction.gamma
+        return (rows if beta is None else rows + beta).to(kept.dtype)
+
+    def _input_of(self, number: int) -> Tensor:
+        """Compute what a layer took in again."""
+        if number:
+            return self._normalised(self.stack.layers[number - 1].end)
+        if self.stack.entry is not None:
+            return self._normalised(self.stack.entry)
+        x = self.kept.pop()
+        assert x is not None
+        return x
+
+    def _attention_bwd(
+        self, number: int, dz: Tensor, residual: Tensor, first: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        layer, at = self.stack.layers[number], number * len(ROLES)
+        if self.stack.memory == "lowest":
+            projected = self._project(number, self._input_of(number), first)
+        else:
+            projected = tuple(self._taken(2 if first else 1))
+        by_identity = not number and self.needs_embedding_beta and not self.needs_input
+        ends = by_identity or _place(number, _QKV) <= self.lowest
+        # at the bottom the value bias's gradient can do without those of keys and values, as
+        # the probabilities of a query add up to 1 where none is dropped
+        dropped = self.dropouts[3 * number] > 0
+        needs_kv = not ends or (dropped and (by_identity or self.needs[at + _VALUE]))
+        do = layer.out.backward(dz)
+        q, k, v = self._apart(projected)
+        dq, dkv = attention_bwd(
+            do.view(q.shape), q, k, v, self.packing, *self._drop(3 * number), self.bias, needs_kv
+        )
+        sums = self._sum_qkv(number, dq, dkv, do, by_identity)
+        if by_identity:
+            self._embedding_beta(layer, sums, residual)
+        if ends:
+            return None
+        assert dkv is not None
+        width = layer.out.weight.shape[1]
+        if not first:
+            return layer.qkv.backward(joined(dq), self._onto(residual)), residual
+        dx = layer.qkv.part(width, 3 * width).backward(dkv.reshape(-1, 2 * width))
+        rows = layer.qkv.part(0, width).backward(dq.reshape(-1, width), self._onto(residual))
+        dx.index_add_(0, self.packing.first, rows)
+        if self.stack.pre_norm:
+            scattered = torch.zeros_like(dx)
+            residual = scattered.index_copy_(0, self.packing.first, residual)
+        return dx, residual
+
+    def _sum_qkv(
+        self, number: int, dq: Tensor, dkv: Tensor | None, do: Tensor, needs_all: bool
+    ) -> dict[int, Tensor]:
+        """Return the gradients of the biases of q, k and v, as far as they are needed."""
+        at, sums = number * len(ROLES), {}
+        if self.needs[at + _QUERY] or needs_all:
+            sums[_QUERY] = bias_gradient(dq.flatten(1))
+        if self.needs[at + _KEY] and dkv is not None:
+            sums[_KEY] = bias_gradient(dkv[:, 0].flatten(1))
+        if self.needs[at + _VALUE] or needs_all:
+            sums[_VALUE] = bias_gradient(do if dkv is None else dkv[:, 1].flatten(1))
+        for role, gradient in sums.items():
+            self._note(at + role, gradient)
+        return sums
+
+    def _embedding_beta(self, layer: Layer, sums: dict[int, Tensor], residual: Tensor) -> None:
+        """Compute the sum of the input's gradient without that: sum(dY W) = sum(dY) W."""
+        width = layer.out.weight.shape[1]
+        weight = layer.qkv.weight
+        total = bias_gradient(residual)
+        for part, role in enumerate((_QUERY, None, _VALUE)):
+            if role is not None:
+                rows = weight[part * width : (part + 1) * width].to(total.dtype)
+                total = total + sums[role] @ rows
+        self.embedding_gradient = total
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    for first in range(0, rows.shape[0], _CHUNK):
+        yield slice(first, first + _CHUNK)
+
+
+def _activate(
+    u: Tensor, b: Tensor | None, act: str, few_bits: bool, keeps: bool
+) -> tuple[Tensor, Tensor]:
+    """Return act(u + b), and what its backward pass is to be given."""
+    if keeps and not few_bits and not uses_triton(u) and uses_native(u):
+        from ..kernels import native
+
+        # the derivative takes the place of u: no erf a second time
+        return native.activation_fwd(u, b, act, False, slope=u)[0], u
+    h, levels = activation_fwd(u, b, act, few_bits and keeps)
+    return h, levels if few_bits else u
+
+
+def _activate_bwd(
+    down: Product, dz: Tensor, kept: Tensor, b: Tensor | None, act: str
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the activation's input and of its bias."""
+    if not uses_triton(dz) and uses_native(dz):
+        from ..kernels import native
+
+        return native.activation_bwd(down.backward(dz), kept, b, act, True, in_place=True)
+    return linear_activation_bwd(dz, down.weight, kept, b, act)

@@ -1,0 +1,154 @@
+"""Sequences without their padding: all tokens of a batch one after the other.
+
+Everything in an encoder but attention treats each token alone, so only attention needs to know
+where a sequence begins. The tokens keep the batch's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Group", "Packing"]
+
+#: How much larger a group of sequences may become by padding them to their longest, and the
+#: number of elements that never matter.
+_SLACK, _FREE = 1.25, 32
+#: Attention pads to a multiple of this, the width of a CPU's vectors and tiles.
+_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of similar length, which attention on a CPU pads to one.
+
+    Attributes
+    ----------
+    starts, lengths : Tensor
+        `[n]` int32: each sequence's first row among the packed ones, and its rows.
+    order : Tensor
+        `[n]` int32: which sequences of the batch these are.
+    ones : Tensor
+        `[n]` int32, all 1: the lengths where each sequence has one query.
+    longest : int
+        What they are padded to.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    order: Tensor
+    ones: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a packed batch lie.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        Tokens of each sequence, at least 1.
+    padded : int
+        Tokens of a row of the padded batch.
+    device : torch.device
+        Where the tokens are.
+    """
+
+    lengths: tuple[int, ...]
+    padded: int
+    device: torch.device
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Packing | None:
+        """Read a `[B, S]` attention mask; None where it is not ones, then zeros, in each row."""
+        real = mask != 0
+        lengths = real.sum(1)
+        prefix = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+        if not mask.numel() or not bool((real == prefix).all() & (lengths > 0).all()):
+            return None
+        return cls(tuple(lengths.tolist()), mask.shape[1], mask.device)
+
+    @classmethod
+    def uniform(cls, sequences: int, length: int, device: torch.device) -> Packing:
+        """Return the packing of a batch without padding."""
+        return cls((length,) * sequences, length, device)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole batch."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """`[B + 1]` int32: where each sequence begins, and where the last one ends."""
+        ends = torch.tensor(self.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return torch.cat((ends.new_zeros(1), ends)).to(self.device)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """`[B]` int64: each sequence's first row."""
+        return self.starts[:-1].long()
+
+    @cached_property
+    def each(self) -> Tensor:
+        """`[B + 1]` int32: what `starts` is where each sequence has one row."""
+        count = len(self.lengths) + 1
+        return torch.arange(count, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`[T]` int64: the position of each token in its sequence."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return torch.arange(self.tokens, device=self.device) - self.first.repeat_interleave(
+            lengths, output_size=self.tokens
+        )
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """`[T]` int64: the row of each token in the padded batch, `[B S]`."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        sequences = torch.arange(len(self.lengths), device=self.device)
+        sequence = sequences.repeat_interleave(lengths, output_size=self.tokens)
+        return sequence * self.padded + self.positions
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Return the tokens `[T, ...]` of `[B, S, ...]`."""
+        return padded.flatten(0, 1).index_select(0, self.rows)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Return `[B, S, ...]` of the tokens `[T, ...]`, zero where there is none."""
+        shape = (len(self.lengths) * self.padded, *packed.shape[1:])
+        padded = packed.new_zeros(shape).index_copy(0, self.rows, packed)
+        return padded.unflatten(0, (len(self.lengths), self.padded))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The batch in groups of similar length, the longest first."""
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        groups, members, tokens = [], [order[0]], self.lengths[order[0]]
+        for i in order[1:]:
+            longest, total = self.lengths[members[0]], tokens + self.lengths[i]
+            if (len(members) + 1) * longest <= _SLACK * total + _FREE:
+                members.append(i)
+                tokens = total
+            else:
+                groups.append(self._group(members))
+                members, tokens = [i], self.lengths[i]
+        return (*groups, self._group(members))
+
+    def _group(self, members: Sequence[int]) -> Group:
+        order = torch.tensor(members, dtype=torch.int32, device=self.device)
+        lengths = torch.tensor([self.lengths[i] for i in members], dtype=torch.int32)
+        longest = -(-int(lengths[0]) // _MULTIPLE) * _MULTIPLE
+        starts = self.starts[:-1][order.long()].contiguous()
+        return Group(starts, lengths.to(self.device), order, torch.ones_like(order), longest)

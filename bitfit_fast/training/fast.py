@@ -1,0 +1,130 @@
+"""The fast step: whole encoders without padding, and one flat buffer of what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..arena import Arena, ArenaAdamW
+from ..data.batches import Batch, Collate, pad
+from ..encoder import encoder_of, refusal
+from ..patching import patch_encoder, unpatch
+from ..selection import NO_GRADIENT, Selection
+from .settings import Plan
+
+__all__ = ["FastBackend", "FastStep"]
+
+
+class FastStep:
+    """One optimiser step of a model with a patched encoder.
+
+    Where `torch.distributed` runs several processes, each takes the step with a batch of its
+    own: they begin with the parameters of process 0, and gradients are averaged over all in
+    one message a step.
+
+    Parameters
+    ----------
+    model : nn.Module
+        After `patch_encoder`; its parameters with `requires_grad` train, and lie in an arena
+        until `close`.
+    plan : Plan
+        Learning rate, precision and clipping.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.no_gradient: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
+        self.arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
+        self.optimizer = ArenaAdamW(self.arena, lr=plan.lr, weight_decay=0.0)
+        self.encoder = encoder_of(model)
+        if self.encoder is not None:
+            self.encoder.sinks = [
+                None if name not in self.arena.slices else self.arena.parameters[name].grad
+                for name in self.encoder.names
+            ]
+        self.steps = 0
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(self.arena.values, 0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Train on one batch; return its loss, detached, without waiting for the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr_at(self.steps)
+        self.arena.zero_gradients()
+        idle = self._without_gradient() if not self.steps else []
+        loss = self.model(**batch).loss
+        loss.backward()
+        idle = [parameter for parameter in idle if parameter.grad is None]
+        self.arena.all_reduce()
+        if self.plan.grad_clip:
+            self.arena.clip_(self.plan.grad_clip)
+        self.optimizer.step()
+        self.steps += 1
+        for parameter in idle:
+            parameter.grad = None  # for the caller to see
+        return loss.detach()
+
+    def _without_gradient(self) -> list[nn.Parameter]:
+        """Take away the gradients that autograd will make, to find what gets none."""
+        inside = set() if self.encoder is None else set(self.encoder.names)
+        outside = [p for name, p in self.arena.parameters.items() if name not in inside]
+        for parameter in outside:
+            parameter.grad = None
+        return outside
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the optimiser's tensors by name, for `restore`."""
+        return {
+            f"{key}/{name}": value.clone()
+            for name, parameter in self.arena.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def restore(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue after `steps` steps, from what `state` returned then."""
+        self.steps = steps
+        known = self.optimizer.state_dict()
+        for index, name in enumerate(self.arena.parameters):
+            entry = {
+                key: state[f"{key}/{name}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}/{name}" in state
+            }
+            if entry:
+                known["state"][index] = entry
+        self.optimizer.load_state_dict(known)
+
+    def close(self) -> None:
+        """Give the parameters their own memory again."""
+        if self.encoder is not None:
+            self.encoder.sinks = None
+        self.arena.release()
+
+
+class FastBackend:
+    """Whole encoders as one operation, packed tokens, an arena."""
+
+    name = "fast"
+
+    def refusal(self, model: nn.Module, selection: Selection, plan: Plan) -> str | None:
+        """Return why the model's encoder cannot run as one operation, or None."""
+        return refusal(model)
+
+    def patch(
+        self, model: nn.Module, selection: Selection, plan: Plan
+    ) -> tuple[Callable[[], None], str]:
+        """Let the encoder run as one operation."""
+        done = patch_encoder(model, selection, precision=plan.precision, memory=plan.memory)
+        return partial(unpatch, model), str(done)
+
+    def collate(self, tokenizer: Any, plan: Plan) -> Collate:
+        """Pad each batch to its longest example; the model takes the padding out."""
+        return pad(tokenizer)
+
+    def step(self, model: nn.Module, plan: Plan) -> FastStep:
+        """Return the fast step."""
+        return FastStep(model, plan)

@@ -1,0 +1,411 @@
+"""BitFit in `transformers.Trainer`: scripts for that one work with the name changed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if importlib.util.find_spec("accelerate") is None:
+    raise ImportError("BitFitTrainer needs accelerate: pip install 'bitfit_fast[trainer]'")
+
+from transformers import Trainer
+from transformers.training_args import ParallelMode
+from transformers.utils import is_sagemaker_mp_enabled
+
+from ..arena import Arena, ArenaAdamW
+from ..checkpoint import fingerprint, save, stored
+from ..encoder import MEMORY, PRECISIONS, encoder_of, refusal
+from ..errors import BitFitError, listed
+from ..patching import patch, patch_encoder, unpatch
+from ..selection import NO_GRADIENT, Selection, select
+
+__all__ = ["FILE", "BitFitTrainer"]
+
+logger = logging.getLogger(__name__)
+
+#: Name of the file of trained biases and head in every folder that the trainer saves.
+FILE = "bitfit.safetensors"
+
+#: Options of AdamW that the arena's has too, and those that say only how it is computed.
+_OPTIONS, _HOW = {"lr", "betas", "eps", "weight_decay"}, {"fused", "foreach"}
+
+
+class BitFitTrainer(Trainer):
+    """`transformers.Trainer` that trains biases and the task head, and only computes that.
+
+    The model is selected when the trainer is made. While `train` runs, its encoder runs as one
+    operation where `patch_encoder` takes the model, with bias-only modules (`patch`) elsewhere,
+    and what trains lies in one `Arena` with one AdamW over it where AdamW is the optimiser. In
+    several processes the gradients are averaged in one message a step, without
+    `DistributedDataParallel`. Evaluation and prediction run the same encoder. Before and after,
+    the model is an ordinary one; what is saved is so at any time. A logger,
+    `bitfit_fast.training.trainer`, says once what was done and what could not be, and why.
+
+    Every folder that is saved holds the whole model, for `from_pretrained`, and beside it
+    `bitfit.safetensors`, which is what `bitfit_fast.save` writes.
+
+    Parameters
+    ----------
+    model, args, *rest, **options
+        As for `transformers.Trainer`. With `args.bf16` the encoder computes in bf16, without
+        in fp32. A model in which parameters are frozen already keeps that selection, unless
+        one of the next three says otherwise.
+    terms, layers, head
+        What trains, as for `select`.
+    memory : str
+        How much the encoder keeps for the backward pass, as for `patch_encoder`; `fast` is
+        `lowest` where `args` ask for gradient checkpointing.
+
+    Raises
+    ------
+    BitFitError
+        For a term, layer, head or memory mode that there is not.
+
+    Examples
+    --------
+    >>> from bitfit_fast import BitFitTrainer
+    >>> from transformers import AutoModelForSequenceClassification, TrainingArguments
+    >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+    >>> arguments = TrainingArguments("runs/rte", learning_rate=1e-3, num_train_epochs=10)
+    >>> trainer = BitFitTrainer(model, arguments, train_dataset=train, eval_dataset=validation)
+    >>> trainer.train()  # doctest: +SKIP
+    >>> trainer.save_model()
+    >>> bitfit_fast.load(another, "runs/rte/bitfit.safetensors")
+    """
+
+    model: Any
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        terms: str | Iterable[str] = "all",
+        layers: str | Sequence[int] | None = None,
+        head: bool | Sequence[str] = True,
+        memory: str = "fast",
+        **options: Any,
+    ) -> None:
+        if memory not in MEMORY:
+            raise BitFitError(f"unknown memory mode '{memory}'; valid ones are {listed(MEMORY)}")
+        self.memory = memory
+        self._choice = {"terms": terms, "layers": layers, "head": head}
+        #: What ends with `train`; None outside of it
+        self._ends: contextlib.ExitStack | None = None
+        self._arena: Arena | None = None
+        #: Whether there are gradients of this process alone
+        self._unshared = False
+        self._fingerprint: str | None = None
+        self._said: set[str] = set()
+        if model is not None:
+            self._select(model)
+        super().__init__(model, args, *rest, **options)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a model, and select what trains."""
+        model = super().call_model_init(trial)
+        self._select(model)
+        return model
+
+    def _select(self, model: nn.Module) -> None:
+        chosen = self._choice != {"terms": "all", "layers": None, "head": True}
+        if chosen or not _is_selected(model):
+            select(model, **self._choice)  # type: ignore[arg-type]
+
+    def _say(self, level: int, text: str) -> None:
+        if text not in self._said and self.args.process_index == 0:
+            logger.log(level, text)
+        self._said.add(text)
+
+    # ------------------------------------------------------------------ around training
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train as `transformers.Trainer` does; the model is an ordinary one afterwards."""
+        with contextlib.ExitStack() as self._ends:
+            # what `create_optimizer` begins, which comes when the model is there and in place
+            self._ends.callback(self._end)
+            return super().train(*args, **options)
+
+    def _end(self) -> None:
+        self._ends = self._arena = self._fingerprint = None
+        self._unshared = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimiser; in `train`, make the model fast before."""
+        if self._ends is None or self._arena is not None or self._manager() is not None:
+            return super().create_optimizer(model)
+        options = self._arena_options()
+        self._make_fast(self._ends, wraps=options is None and self._in_parallel())
+        if options is None:
+            return super().create_optimizer(model)
+        state = None
+        if self.optimizer is not None:  # of an earlier call of `train`
+            state, self.optimizer = self.optimizer.state_dict(), None
+        self._move_into_arena(self._ends)
+        chosen = self.optimizer_cls_and_kwargs
+        self.optimizer_cls_and_kwargs = self._over_arena(), options
+        try:
+            made = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = chosen
+        if state is not None:
+            made.load_state_dict(state)
+        self._ends.callback(made.register_step_pre_hook(self._share).remove)
+        return made
+
+    def _manager(self) -> str | None:
+        """Return what else lays out the parameters, or None."""
+        managers = {
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP": self.is_fsdp_enabled or self.is_fsdp_xla_enabled,
+            "SageMaker's model parallelism": is_sagemaker_mp_enabled(),
+            "a TPU": self.args.parallel_mode == ParallelMode.TPU,
+            "its map of devices": self.is_model_parallel,
+            "its sharding": getattr(self, "is_distributed_loading_by_transformers", False)
+            or getattr(self.model, "_tp_size", None) is not None,
+        }
+        name = next((name for name, there in managers.items() if there), None)
+        if name is not None:
+            self._say(logging.WARNING, f"the model stays as it is: {name} lays it out")
+        return name
+
+    def _refusal(self) -> str | None:
+        """Return why the encoder cannot run as one operation, or None."""
+        if self.args.n_gpu > 1:
+            return "nn.DataParallel copies it; torchrun starts a process for each GPU instead"
+        if self.neftune_noise_alpha is not None:
+            return "NEFTune's noise depends on the padding"
+        return refusal(self.model)
+
+    def _patch_encoder(self) -> str:
+        """Let the encoder run as one operation; return what there is to say of it."""
+        checkpoints = getattr(self.args, "activation_checkpointing", None)
+        if checkpoints is None:
+            checkpoints = self.args.gradient_checkpointing
+        memory = "lowest" if checkpoints and self.memory == "fast" else self.memory
+        precision = "bf16" if self.args.bf16 else "fp32"
+        return str(patch_encoder(self.model, precision=precision, memory=memory))
+
+    def _make_fast(self, ends: contextlib.ExitStack, wraps: bool) -> None:
+        """Patch the model as far as it can be, until training ends."""
+        model = self.model
+        if _is_patched(model):
+            return
+        reason = self._refusal()
+        if reason is None and wraps:
+            reason = "without an arena DistributedDataParallel wraps it, and writes its weights"
+        if reason is None:
+            self._say(logging.INFO, self._patch_encoder())
+        elif Selection.of(model).method == "full":
+            self._say(logging.WARNING, "the model stays as it is: its weights train")
+            return
+        else:
+            done = patch(model)
+            text = f"the encoder does not run as one operation: {reason}; instead: {done}"
+            self._say(logging.WARNING, text)
+        ends.callback(unpatch, model)
+
+    def _arena_options(self) -> dict[str, Any] | None:
+        """Return the options of AdamW if the arena's can take its place."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if optimizer is not None and not isinstance(optimizer, _OverArena):
+            return None
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, self.model
+        )
+        options = {key: value for key, value in options.items() if key not in _HOW}
+        if kind is not torch.optim.AdamW or not options.keys() <= _OPTIONS:
+            text = f"{getattr(kind, '__name__', kind)} updates each parameter by itself"
+            self._say(logging.INFO, text)
+            return None
+        trains = [p for p in self.model.parameters() if p.requires_grad]
+        if strange := {p.dtype for p in trains} - {torch.float32}:
+            text = "each parameter is updated by itself: what trains is "
+            self._say(logging.WARNING, text + f"{listed(strange)}, not torch.float32")
+            return None
+        return options if trains and self.args.n_gpu <= 1 else None
+
+    def _over_arena(self) -> type[ArenaAdamW]:
+        """Return the optimiser class, which takes groups of parameters alone."""
+        return type("ArenaAdamW", (_OverArena,), {"over": self._arena})
+
+    def _move_into_arena(self, ends: contextlib.ExitStack) -> None:
+        """Let what trains lie in an arena, until training ends."""
+        model = self.model
+        if any(p.device != self.args.device for p in model.parameters()):
+            model.to(self.args.device)
+        arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
+        self._arena = arena
+        ends.callback(arena.release)
+        views = [(p, arena.view(n, arena.gradients)) for n, p in arena.parameters.items()]
+        self._write_to_arena()
+        ends.callback(_write_nowhere, model)
+
+        @torch.compiler.disable
+        def attach(*_: Any) -> None:
+            """Put gradients back that `Module.zero_grad` dropped, all set to zero at once."""
+            if not torch.is_grad_enabled():
+                return
+            self._unshared = True
+            if views[0][0].grad is None:
+                for parameter, gradient in views:
+                    parameter.grad = gradient
+                arena.gradients.zero_()
+
+        ends.callback(model.register_forward_pre_hook(attach).remove)
+        if self._in_parallel():
+            self._do_without_wrapper(ends)
+
+    def _in_parallel(self) -> bool:
+        return self.args.parallel_mode == ParallelMode.DISTRIBUTED and self.args.world_size > 1
+
+    def _write_to_arena(self) -> None:
+        """Let the encoder add its gradients where the optimiser looks for them."""
+        encoder, arena = encoder_of(self.model), self._arena
+        if encoder is not None and arena is not None:
+            encoder.sinks = [
+                arena.view(name, arena.gradients) if name in arena.slices else None
+                for name in encoder.names
+            ]
+
+    def _do_without_wrapper(self, ends: contextlib.ExitStack) -> None:
+        """Let accelerate leave out `DistributedDataParallel`, whose work is done here."""
+        model, accelerator = self.model, self.accelerator
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)  # by .data: to a patched encoder no weight changed
+        prepare = accelerator.prepare_model
+
+        def prepare_model(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
+            # nor moves it: to be on "cpu" and to be asked to "cpu:0" costs the arena its views
+            return prepare(model, device_placement=False, evaluation_mode=True)
+
+        vars(accelerator)["prepare_model"] = prepare_model
+        ends.callback(vars(accelerator).pop, "prepare_model", None)
+        # a later trainer is to wrap it
+        ends.callback(vars(model).pop, "_is_accelerate_prepared", None)
+
+    # ------------------------------------------------------------------ a step
+
+    def _share(self, *_: Any) -> None:
+        """Average the gradients over the processes, once a step."""
+        if self._unshared and self._arena is not None:
+            self._arena.all_reduce()
+        self._unshared = False
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._arena is None:
+            return super()._clip_grad_norm(model)
+        self._share()
+        self.accelerator.unscale_gradients()
+        return self._arena.clip_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if self._arena is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        self._share()
+        self.accelerator.unscale_gradients()
+        return self._arena.gradient_norm()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Evaluate or predict as `transformers.Trainer` does, with the fast encoder."""
+        with self._fast_encoder():
+            return super().evaluation_loop(*args, **options)
+
+    @contextlib.contextmanager
+    def _fast_encoder(self) -> Iterator[None]:
+        model = self.model
+        if self._ends is not None or _is_patched(model) or not self._evaluates_fast():
+            yield
+            return
+        self._say(logging.INFO, self._patch_encoder())
+        try:
+            yield
+        finally:
+            unpatch(model)
+
+    def _evaluates_fast(self) -> bool:
+        casts = self.args.bf16_full_eval or self.args.fp16_full_eval
+        return not casts and self._manager() is None and self._refusal() is None
+
+    # ------------------------------------------------------------------ files
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save or self._manager() is not None:
+            return
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if Selection.of(model).method == "full":
+            return
+        known = self._fingerprint or fingerprint(model, stored(model))
+        if self._ends is not None:  # while training, what is frozen stays so
+            self._fingerprint = known
+        save(model, Path(output_dir or self.args.output_dir or "", FILE), base_fingerprint=known)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str | os.PathLike[str], model: Any = None
+    ) -> None:
+        with self._weights_change():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[arg-type]
+
+    def _load_best_model(self) -> None:
+        with self._weights_change():
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _weights_change(self) -> Iterator[None]:
+        """Let frozen weights be written, of which the encoder has copies."""
+        self._fingerprint = None
+        model = self.model
+        encoder = encoder_of(model) if self._manager() is None else None
+        if encoder is None:
+            yield
+            return
+        dtypes = {dtype: name for name, dtype in PRECISIONS.items()}
+        unpatch(model)
+        try:
+            yield
+        finally:
+            patch_encoder(model, None, dtypes[encoder.stack.dtype], encoder.stack.memory)
+            self._write_to_arena()
+
+
+class _OverArena(ArenaAdamW):
+    """`ArenaAdamW` over one arena, made of groups alone as PyTorch's optimisers are."""
+
+    over: Arena
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+        super().__init__(self.over, groups, **options)
+
+
+def _write_nowhere(model: nn.Module) -> None:
+    encoder = encoder_of(model)
+    if encoder is not None:
+        encoder.sinks = None
+
+
+def _is_patched(model: nn.Module) -> bool:
+    return hasattr(model, NO_GRADIENT)
+
+
+def _is_selected(model: nn.Module) -> bool:
+    """Return whether a weight or bias is frozen; tables of positions always are in some models."""
+    return _is_patched(model) or any(
+        not parameter.requires_grad
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in ("weight", "bias")
+    )

@@ -1,0 +1,150 @@
+"""Train in two processes, and in one with batches twice as large.
+
+`python two_processes.py MODEL FOLDER` writes to FOLDER what gradients each process had before each
+optimiser step, and how many numbers it sent, in files `KIND-PROCESSES-RANK.pt`.
+"""
+
+import multiprocessing
+import os
+import sys
+
+import torch
+from torch import distributed, nn
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
+
+import bitfit_fast
+from bitfit_fast import BitFitTrainer, Settings, patch_encoder, select
+from bitfit_fast.data.batches import pad
+from bitfit_fast.training.fast import FastStep
+from bitfit_fast.training.settings import Plan
+
+STEPS, BATCH = 4, 4
+
+
+def examples(count):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(count):
+        ids = [1, *torch.randint(4, 20, (3 + i % 7,), generator=generator).tolist(), 2]
+        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": i % 2})
+    return found
+
+
+DATA = examples(2 * STEPS * BATCH)
+
+
+def build(folder, rank):
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    with torch.no_grad():
+        model.classifier.weight.add_(rank)  # of which process 0's counts
+    select(model)
+    return model
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def step(folder, rank, processes, output):
+    """Take steps of `FastStep`."""
+    model = build(folder, rank).train()
+    patch_encoder(model, precision="fp32")
+    settings = Settings(batch_size=BATCH, max_steps=STEPS, epochs=1, lr=1e-3, grad_clip=0)
+    one = FastStep(model, Plan.of(settings, "frozen", len(DATA)))
+    collate = pad(bitfit_fast.load_tokenizer(folder))
+    size, found = 2 * BATCH // processes, []
+    for number in range(STEPS):
+        start = number * 2 * BATCH + rank * size
+        rows = DATA[start : start + size]
+        loss = one(collate(rows))
+        found.append(gradients(model))
+    return {"gradients": found, "size": one.arena.gradients.numel(), "loss": torch.zeros(()),
+            "wrapper": False, "last": loss}  # fmt: skip
+
+
+class Note(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **options):
+        self.found.append(gradients(model))
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / num_items_in_batch
+
+
+def trainer(folder, rank, processes, output, optim="adamw_torch"):
+    """Train with the trainer, two batches a step."""
+    model, note = build(folder, rank), Note()
+    arguments = TrainingArguments(
+        f"{output}/{optim}-{processes}", optim=optim, learning_rate=1e-3, num_train_epochs=1,
+        per_device_train_batch_size=BATCH // processes, gradient_accumulation_steps=2,
+        use_cpu=True, save_steps=2, logging_steps=1, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    one = BitFitTrainer(
+        model, arguments, train_dataset=DATA, callbacks=[note], compute_loss_func=mean_loss,
+        processing_class=bitfit_fast.load_tokenizer(folder),
+    )  # fmt: skip
+    wrapped, sizes = [], []
+    prepare = one._prepare_for_training
+
+    def look(*args, **options):
+        found = prepare(*args, **options)
+        wrapped.append(isinstance(found[0], nn.parallel.DistributedDataParallel))
+        sizes.append(one._arena and one._arena.gradients.numel())
+        return found
+
+    one._prepare_for_training = look
+    one.train()
+    one.evaluate(DATA[:6])
+    assert os.path.exists(f"{output}/{optim}-{processes}/checkpoint-2/bitfit.safetensors")
+    losses = [row["loss"] for row in one.state.log_history if "loss" in row]
+    return {"gradients": note.found, "size": sizes[0], "loss": torch.tensor(losses),
+            "wrapper": wrapped[0]}  # fmt: skip
+
+
+def wrapped(folder, rank, processes, output):
+    """Train with an optimiser that has no arena, which leaves gradients to the wrapper."""
+    return trainer(folder, rank, processes, output, "sgd")
+
+
+def run(folder, output, rank, processes):
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+        }  # fmt: skip
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{output}/meet", rank=rank, world_size=processes
+        )
+    sent, send = [], distributed.all_reduce
+
+    def all_reduce(tensor, *args, **options):
+        sent.append(tensor.numel())
+        return send(tensor, *args, **options)
+
+    distributed.all_reduce = all_reduce
+    for kind in (step, trainer, wrapped):
+        del sent[:]
+        found = kind(folder, rank, processes, output) | {"messages": list(sent)}
+        torch.save(found, f"{output}/{kind.__name__}-{processes}-{rank}.pt")
+    if processes > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # what takes long, the imports, is done once; no thread runs yet
+    fork = multiprocessing.get_context("fork")
+    arguments = [(*sys.argv[1:3], rank, count) for count in (1, 2) for rank in range(count)]
+    ranks = [fork.Process(target=run, args=one) for one in arguments]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))
