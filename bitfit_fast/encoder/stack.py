@@ -205,6 +205,19 @@ class Stack:
         with torch.autocast(x.device.type, enabled=False):
             return _Encoder.apply(run, torch.is_grad_enabled(), x, embedding_beta, *biases)
 
+    def bytes_kept(self, tokens: int, memory: str | None = None) -> int:
+        """Return how much the layers keep of a batch for the backward pass, in bytes."""
+        memory = memory or self.memory
+        layer, number = self.layers[0], self.dtype.itemsize
+        width, inner = layer.down.weight.shape
+        # both junctions, with one number a row in fp32 each, or two of pre-norm ones
+        kept = 2 * width * number + (16 if self.pre_norm else 8)
+        if memory != "lowest":
+            kept += layer.qkv.weight.shape[0] * number
+        if memory in ("fast", "low"):
+            kept += inner * (number if memory == "fast" else 1)
+        return tokens * kept * len(self.layers)
+
 
 class _Encoder(torch.autograd.Function):
     @staticmethod

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..arena import Arena, ArenaAdamW
 from ..data.batches import Batch, Collate, pad
-from ..encoder import encoder_of, refusal
+from ..encoder import MEMORY, encoder_of, refusal
+from ..errors import BitFitError
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # PyTorch has a class of its own for GPUs, and only words for CPUs
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _first_tensor(batch: Batch) -> str:
+    """Return the key of the inputs."""
+    return next(key for key in ("input_ids", "pixel_values", *batch) if key in batch)
 
 
 class FastStep:
@@ -47,6 +66,8 @@ class FastStep:
                 for name in self.encoder.names
             ]
         self.steps = 0
+        #: Bytes that a step may take.
+        self.room = _free_memory(self.arena.values.device)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast(self.arena.values, 0)
 
@@ -56,8 +77,13 @@ class FastStep:
             group["lr"] = self.plan.lr_at(self.steps)
         self.arena.zero_gradients()
         idle = self._without_gradient() if not self.steps else []
-        loss = self.model(**batch).loss
-        loss.backward()
+        try:
+            loss = self.model(**batch).loss
+            loss.backward()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise BitFitError(self._what_fits(batch)) from None
         idle = [parameter for parameter in idle if parameter.grad is None]
         self.arena.all_reduce()
         if self.plan.grad_clip:
@@ -67,6 +93,29 @@ class FastStep:
         for parameter in idle:
             parameter.grad = None  # for the caller to see
         return loss.detach()
+
+    def _what_fits(self, batch: Batch) -> str:
+        """Say which batches would have fitted, by what the layers keep of a token."""
+        examples, length = batch[_first_tensor(batch)].shape[:2]
+        said = f"out of memory with {examples} examples of up to {length} tokens"
+        if self.encoder is None:
+            return f"{said}; a smaller batch needs less"
+        stack = self.encoder.stack
+        width, inner = stack.layers[0].down.weight.shape
+        # besides, the widest tensors of one layer and the embeddings in fp32
+        passing = 3 * inner * stack.dtype.itemsize + 12 * width
+        fits = {
+            mode: int(self.room // (stack.bytes_kept(length, mode) + length * passing))
+            for mode in MEMORY[MEMORY.index(stack.memory) :]
+        }
+        # as many as did not fit are too many, whatever the estimate
+        least = fits[stack.memory] = min(fits[stack.memory], examples - 1)
+        less = [mode for mode, count in fits.items() if mode != stack.memory and count > least]
+        said += f" in memory mode '{stack.memory}'; by estimate batches of {max(1, least)} fit"
+        if less:
+            mode = next((m for m in less if fits[m] >= examples), less[-1])
+            said += f", or of {max(1, fits[mode])} in mode '{mode}'"
+        return said
 
     def _without_gradient(self) -> list[nn.Parameter]:
         """Take away the gradients that autograd will make, to find what gets none."""

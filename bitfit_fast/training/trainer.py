@@ -144,6 +144,10 @@ class BitFitTrainer(Trainer):
         """Make the optimiser; in `train`, make the model fast before."""
         if self._ends is None or self._arena is not None or self._manager() is not None:
             return super().create_optimizer(model)
+        # with its number, as of "cpu:0", a device looks like another
+        device = torch.empty(0, device=self.args.device).device
+        if any(p.device != device for p in self.model.parameters()):
+            self.model.to(device)
         options = self._arena_options()
         self._make_fast(self._ends, wraps=options is None and self._in_parallel())
         if options is None:
@@ -242,8 +246,6 @@ class BitFitTrainer(Trainer):
     def _move_into_arena(self, ends: contextlib.ExitStack) -> None:
         """Let what trains lie in an arena, until training ends."""
         model = self.model
-        if any(p.device != self.args.device for p in model.parameters()):
-            model.to(self.args.device)
         arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
         self._arena = arena
         ends.callback(arena.release)

@@ -141,5 +141,5 @@ def test_auto_takes_the_first_backend_that_does_not_refuse(model, monkeypatch):
     backend, why = choose_backend("auto", model, bitfit_fast.Selection.of(model), plan())
     assert backend.name == "reference" and "output.dense trains" in why
     low = dataclasses.replace(plan(), memory="low")
-    with pytest.raises(BitFitError, match="no backend can train .* memory modes, and 'low' is"):
+    with pytest.raises(BitFitError, match=r"no backend can train .* memory modes, and 'low' is"):
         choose_backend("auto", model, bitfit_fast.Selection.of(model), low)
