@@ -357,8 +357,9 @@ def attention_config(max_q: int, max_k: int, d: int, itemsize: int, pass_: str) 
         sizes = (16 if few else 64, block_n, 8 if backward else 4, 2)
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     config = {**dict(zip(names, sizes)), "BLOCK_D": block_d}
-    # the assembler spills a few registers to fit one more program, unless it is told a limit
-    return {**config, "maxnreg": 255} if itemsize == 4 or block_d > 64 else config
+    # to fit one more program the assembler would spill a few registers, unless given a limit
+    limited = block_d <= 64 if itemsize == 4 else block_d > 64
+    return {**config, "maxnreg": 255} if limited else config
 
 
 def attention_fwd(

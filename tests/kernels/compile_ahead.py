@@ -20,13 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bitfit_fast.kernels import activation, column_sum, layer_norm, linear
+from bitfit_fast.kernels import activation, attention, column_sum, layer_norm, linear
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (384, 768, 1024, 4096)
 #: Sizes of 1, of which a launch makes constants, and misaligned rows.
 ODD = ((64, 1), (1, 64), (100, 30))
 ROWS = 8192
+#: Heads of attention, the sizes of one, and the longest sequence in queries and in keys.
+HEADS = 12
+HEAD_SIZES = {"bf16": (24, 32, 64, 128), "fp32": (32, 64, 128), "fp16": (64,)}
+LENGTHS = ((512, 512), (64, 64), (1, 64), (1, 512))
 #: Multiprocessors of an H200, by which tiles are chosen.
 PROCESSORS = 132
 
@@ -51,6 +55,14 @@ def empty(*size, dtype=torch.float32):
     return torch.empty(*size, dtype=dtype, device="meta")
 
 
+def attention_inputs(tokens, queries, d, sequences, dtype):
+    """Return what attention takes in every pass, of packed keys and values and of queries."""
+    k, v = empty(tokens, 3, HEADS, d, dtype=dtype)[:, 1:].unbind(1)
+    q = empty(queries, 3, HEADS, d, dtype=dtype)[:, 0]
+    starts = empty(sequences + 1, dtype=torch.int32)
+    return q, k, v, starts, starts
+
+
 def launches_of_row_counts():
     """Yield what every row count but a GEMM's block of rows shares."""
     for m in (1, 2, 15, 16, 17, 63, 64):
@@ -61,6 +73,33 @@ def launches_of_row_counts():
         yield f"{m} rows", layer_norm.layer_norm_fwd, (a, v, v, v, a)
         yield f"{m} rows", layer_norm.layer_norm_bwd, (a, a, None, rstd, v)
         yield f"{m} rows", linear.linear_bwd, (a, empty(768, 768, dtype=torch.bfloat16))
+        inputs, most = attention_inputs(m, m, 64, m, torch.bfloat16), 512 + m
+        options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
+        yield f"{m} rows", attention.attention_fwd, (*inputs, *options)
+        yield f"{m} rows", attention.attention_bwd, (inputs[0], *inputs, *options)
+
+
+def launches_of_attention():
+    """Yield every block size of attention, at each size of a head."""
+    seed, bias = empty(1, dtype=torch.int64), empty(HEADS, 512, 512)
+    sizes = [(name, d) for name, of_dtype in HEAD_SIZES.items() for d in of_dtype]
+    for (name, d), p in itertools.product(sizes, (0.0, 0.1)):
+        # what only cross attention has
+        lengths = (*LENGTHS, (64, 512), (512, 64)) if d == 64 else LENGTHS
+        biases = (None, bias) if d == 64 else (None,)
+        for (max_q, max_k), added in itertools.product(lengths, biases):
+            queries = ROWS if max_q == max_k else ROWS // 64
+            inputs = attention_inputs(ROWS, queries, d, 64, DTYPES[name])
+            options = (max_q, max_k, p, seed, added)
+            tail = f"{name} {max_q}x{max_k} D={d} dropout={p} bias={added is not None}"
+            yield f"attention_fwd {tail}", attention.attention_fwd, (*inputs, *options)
+            do = empty(queries, HEADS, d, dtype=DTYPES[name])
+            for needs in (True, False):
+                what, arguments = (
+                    f"attention_bwd {tail} dkv={needs}",
+                    (do, *inputs, *options, needs),
+                )
+                yield what, attention.attention_bwd, arguments
 
 
 def launches():
@@ -97,6 +136,7 @@ def launches():
                 arguments = (a, a, mean, rstd, v, dsum, p, seed, dtype, dtype)
                 what = f"layer_norm_bwd {tail} dgamma={dgamma}"
                 yield what, layer_norm.layer_norm_bwd, (*arguments, True, True, dgamma)
+    yield from launches_of_attention()
 
 
 def compiled(capability, launches):
