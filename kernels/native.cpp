@@ -623,6 +623,15 @@ void softmax(X* scores, X* gradients, const Group& g, const Dropout& like, int t
     }
 }
 
+// The size is known at run time only, and a call of memcpy for a head's row takes longer than it.
+inline void copy(void* to, const void* from, int64_t bytes) {
+    char* t = static_cast<char*>(to);
+    const char* f = static_cast<const char*>(from);
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64) std::memcpy(t + i, f + i, 64);
+    if (i < bytes) std::memcpy(t + i, f + i, bytes - i);
+}
+
 // Rows [*, H, D] of a packed tensor to [n, H, S, D] with zeros behind each sequence, or back.
 template <class X>
 void spread(X* packed, int64_t stride, const int32_t* starts, const int32_t* lengths, X* padded,
@@ -635,7 +644,7 @@ void spread(X* packed, int64_t stride, const int32_t* starts, const int32_t* len
             X* tokens = packed + starts[n] * stride + h * size;
             for (int64_t i = 0; i < lengths[n]; i++) {
                 X *row = rows + i * size, *token = tokens + i * stride;
-                std::memcpy(back ? token : row, back ? row : token, size * sizeof(X));
+                copy(back ? token : row, back ? row : token, size * sizeof(X));
             }
             if (!back)
                 std::memset(rows + lengths[n] * size, 0,

@@ -36,7 +36,13 @@ _ENCODER = "_bitfit_fast_encoder"
 _POSITION = "relative_attention_bias"
 
 #: Arguments of base models that say what is known anyway, or nothing.
-_HARMLESS = {"return_dict", "use_cache", "interpolate_pos_encoding", "bool_masked_pos"}
+_HARMLESS = {
+    "num_items_in_batch",
+    "return_dict",
+    "use_cache",
+    "interpolate_pos_encoding",
+    "bool_masked_pos",
+}
 
 
 @dataclass
@@ -67,6 +73,9 @@ class Encoder:
         Of the batch that is running.
     marks : list of (int, int)
         By which a change of the weights is found.
+    sums : list of Tensor
+        By which it is told from a weight being overwritten with itself, as data-parallel
+        wrappers do.
     """
 
     stack: Stack
@@ -81,9 +90,11 @@ class Encoder:
     packing: Packing | None = None
     beta: nn.Parameter | None = None
     marks: list[tuple[int, int]] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.marks = [_mark(weight) for weight in self.frozen.values()]
+        self.sums = [_sums(weight) for weight in self.frozen.values()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
         """Return what a copied model runs, whose gradients are its own."""
@@ -107,8 +118,12 @@ class Encoder:
         BitFitError
             With the name of one that did.
         """
-        for (name, weight), owner, mark in zip(self.frozen.items(), self.owners, self.marks):
-            if owner._parameters["weight"] is not weight or _mark(weight) != mark:
+        for i, ((name, weight), owner) in enumerate(zip(self.frozen.items(), self.owners)):
+            found = _mark(weight)
+            if found != self.marks[i] and found[1] == self.marks[i][1]:
+                if torch.equal(_sums(weight), self.sums[i]):
+                    self.marks[i] = found
+            if owner._parameters["weight"] is not weight or found != self.marks[i]:
                 raise BitFitError(
                     f"the weight {name} was changed after the encoder was patched; "
                     "unpatch the model before changing weights, and patch it again"
@@ -168,6 +183,13 @@ def _mark(weight: Tensor) -> tuple[int, int]:
     return weight._version, weight.data_ptr()
 
 
+@torch.no_grad()
+def _sums(weight: Tensor) -> Tensor:
+    """Return the sums of a weight's elements and of their squares."""
+    total = weight.sum(dtype=torch.float64)
+    return torch.stack((total, torch.linalg.vector_norm(weight, dtype=torch.float64)))
+
+
 def encoder_of(model: nn.Module) -> Encoder | None:
     """Return the encoder that was installed in a model, or None."""
     return vars(_base(model)).get(_ENCODER)
@@ -189,12 +211,14 @@ def _linears(family: Family, layer: nn.Module) -> dict[str, Any]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
     )
+    # those with which transformers collects inner states stay for good, and do nothing mostly
+    return any(not str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks)
 
 
 def refusal(model: nn.Module) -> str | None:

@@ -77,7 +77,7 @@ class BitFitTrainer(Trainer):
     >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
     >>> arguments = TrainingArguments("runs/rte", learning_rate=1e-3, num_train_epochs=10)
     >>> trainer = BitFitTrainer(model, arguments, train_dataset=train, eval_dataset=validation)
-    >>> trainer.train()  # doctest: +SKIP
+    >>> trainer.train()
     >>> trainer.save_model()
     >>> bitfit_fast.load(another, "runs/rte/bitfit.safetensors")
     """
@@ -348,7 +348,7 @@ class BitFitTrainer(Trainer):
         if not self.args.should_save or self._manager() is not None:
             return
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if Selection.of(model).method == "full":
+        if Selection.of(model).method == "full" or hasattr(model, "peft_config"):
             return
         known = self._fingerprint or fingerprint(model, stored(model))
         if self._ends is not None:  # while training, what is frozen stays so

@@ -154,8 +154,7 @@ def test_gradients_lie_in_the_arena_at_every_step_and_are_zeroed_at_once(
     check, strays = Arena.check, []
 
     def note(self):
-        found = [n for n, p in self.parameters.items() if p.grad is None]
-        strays.extend(found if hasattr(ours, "optimizer") and ours._ends and self._places else [])
+        strays.extend(n for n, p in self.parameters.items() if p.grad is None)
         return check(self)
 
     ours = trainer(BitFitTrainer, build(), given={"callbacks": [Watch]})
@@ -165,7 +164,7 @@ def test_gradients_lie_in_the_arena_at_every_step_and_are_zeroed_at_once(
     assert len(strays) == len(set(strays))  # by the arena's constructor alone
 
 
-def test_a_selection_that_was_made_is_kept(build, trainer, caplog):
+def test_a_selection_that_was_made_is_kept(build, trainer):
     model = build()
     select(model, terms="query,intermediate", head=False)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -204,7 +203,7 @@ def test_only_the_head(build, trainer):
     torch.testing.assert_close(logged(ours, "loss"), logged(theirs, "loss"), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_outside_the_table_trains_with_modules(trainer, caplog, recwarn):
+def test_a_model_outside_the_table_trains_with_modules(trainer, caplog):
     def build():
         torch.manual_seed(0)
         config = AlbertConfig(
@@ -245,7 +244,7 @@ def test_a_model_whose_weights_train_stays_as_it_is(build, trainer, caplog):
 
 
 @pytest.mark.parametrize("changes", [{"optim": "sgd"}, {"optim": "adafactor"}, {"given": "adamax"}])
-def test_other_optimisers_are_left_alone(build, trainer, changes, caplog):
+def test_other_optimisers_are_left_alone(build, trainer, changes):
     given = {}
     if "given" in changes:
         changes = {}
@@ -527,9 +526,10 @@ except AttributeError as error:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch lacks its distributed part")
 def test_two_processes_train_as_one_on_both_batches(bert_folder, tmp_path):
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("two_processes.py"), bert_folder, tmp_path],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
