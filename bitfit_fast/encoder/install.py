@@ -120,9 +120,9 @@ class Encoder:
         """
         for i, ((name, weight), owner) in enumerate(zip(self.frozen.items(), self.owners)):
             found = _mark(weight)
-            if found != self.marks[i] and found[1] == self.marks[i][1]:
-                if torch.equal(_sums(weight), self.sums[i]):
-                    self.marks[i] = found
+            written = found != self.marks[i] and found[1] == self.marks[i][1]
+            if written and torch.equal(_sums(weight), self.sums[i]):
+                self.marks[i] = found
             if owner._parameters["weight"] is not weight or found != self.marks[i]:
                 raise BitFitError(
                     f"the weight {name} was changed after the encoder was patched; "
@@ -185,7 +185,7 @@ def _mark(weight: Tensor) -> tuple[int, int]:
 
 @torch.no_grad()
 def _sums(weight: Tensor) -> Tensor:
-    """Return the sums of a weight's elements and of their squares."""
+    """Return the sum of a weight's elements, and its length as a vector."""
     total = weight.sum(dtype=torch.float64)
     return torch.stack((total, torch.linalg.vector_norm(weight, dtype=torch.float64)))
 
@@ -453,7 +453,9 @@ def _layer(
 
 
 def _subclass(mixin: type, kind: type[nn.Module]) -> Any:
-    fields = {"__module__": __name__, "_replaces": kind, "__doc__": kind.__doc__}
+    # transformers looks up by the class's full name which inner states it can return
+    names = ("__module__", "__qualname__", "__doc__")
+    fields = {"_replaces": kind, **{name: getattr(kind, name) for name in names}}
     return type(kind.__name__, (mixin, kind), fields)
 
 

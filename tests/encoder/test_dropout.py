@@ -1,0 +1,210 @@
+"""Dropout of patched encoders: the same masks as in a padded model that is told them."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bitfit_fast import patch_encoder, select
+from bitfit_fast.encoder import stack
+from bitfit_fast.ops.dropout import kept, new_seed
+from bitfit_fast.packing import Packing
+
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
+#: Which dropouts of a layer a family has, as they come: attention's, behind it, at the end.
+PLACES = {"bert": (0, 1, 2), "distilbert": (0, 2), "vit": (0, 1, 2)}
+LAYERS = 3
+
+
+class Masks:
+    """Stands in for `F.dropout` in a padded model with eager attention.
+
+    The dropouts of embeddings and layers get the masks of a packed, patched one. All others
+    are PyTorch's.
+    """
+
+    def __init__(self, packing, first_only, slots):
+        self.packing, self.first_only = packing, first_only
+        self.slots, self.base, self.pytorch = iter(slots), None, F.dropout
+
+    def rows(self, number):
+        """Return the packed rows of a layer's dropout, and their places in the padded batch."""
+        last = number is not None and number // 3 == LAYERS - 1
+        if self.first_only and last:
+            count = len(self.packing.lengths)
+            return count, torch.arange(count) * self.packing.padded
+        return self.packing.tokens, self.packing.rows
+
+    def __call__(self, x, p=0.5, training=True, inplace=False):
+        if not training or not p:
+            return x
+        if x.ndim == 2:
+            return self.pytorch(x, p, training, inplace)
+        number = next(self.slots)
+        if number is None:
+            seed = new_seed(x.device)
+        else:
+            if self.base is None:
+                self.base = new_seed(x.device)
+            seed = self.base + number * 2**40
+        count, places = self.rows(number)
+        keep = torch.zeros(
+            x.shape[0] * self.packing.padded, *x.shape[1:2] * (x.ndim == 4), x.shape[-1]
+        )
+        if x.ndim == 4:  # [B, H, S, S]: a row for each token and head
+            heads = x.shape[1]
+            mask = kept(count * heads, x.shape[-1], p, seed).view(count, heads, -1)
+            keep[places] = mask.float()
+            keep = keep.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        else:
+            keep[places] = kept(count, x.shape[-1], p, seed).float()
+            keep = keep.view(x.shape)
+        return torch.where(keep.bool(), x / (1 - p), 0)
+
+
+@pytest.fixture
+def same_masks(monkeypatch, float64_softmax):
+    """Let the next step of a padded model drop what the patched one drops."""
+
+    def arrange(family, model, inputs, first_only, hidden, attention):
+        rates = (attention, hidden, hidden)
+        slots = [None] * (hidden > 0)
+        for layer in range(LAYERS):
+            slots += [3 * layer + place for place in PLACES[family] if rates[place]]
+        if "input_ids" in inputs:
+            packing = Packing.of_mask(inputs["attention_mask"])
+        else:
+            packing = Packing.uniform(6, 17, torch.device("cpu"))
+        monkeypatch.setattr(F, "dropout", Masks(packing, first_only, slots))
+
+    yield arrange
+    monkeypatch.undo()
+
+
+def rates_of(family, hidden, attention):
+    if family == "distilbert":
+        return {"dropout": hidden, "attention_dropout": attention, "seq_classif_dropout": 0.3}
+    return {"hidden_dropout_prob": hidden, "attention_probs_dropout_prob": attention}
+
+
+@BACKENDS
+@pytest.mark.parametrize("family", PLACES)
+@pytest.mark.parametrize(("hidden", "attention"), [(0.1, 0.2), (0.0, 0.2), (0.2, 0.0)])
+def test_the_same_masks_give_the_same_gradients(
+    family, hidden, attention, backend, build, batch, measure, to_double, as_exact, key_biases,
+    same_masks, monkeypatch,
+):  # fmt: skip
+    model = build(family, attn_implementation="eager", **rates_of(family, hidden, attention))
+    select(model)
+    inputs = batch(model)
+    results = []
+    for each, given in ((model, inputs), to_double(model, inputs)):
+        same_masks(family, each, given, True, hidden, attention)
+        results.append(measure(each, given))
+        monkeypatch.setattr(F, "dropout", F.dropout.pytorch)
+    pytorch, exact = results
+    assert patch_encoder(model, precision="fp32").first_only
+    found = measure(model, inputs)
+    assert set(found) == set(exact) - key_biases(model)
+    as_exact(found, pytorch, exact)
+
+
+@BACKENDS
+@pytest.mark.parametrize("memory", ["fast", "lower", "lowest"])
+@pytest.mark.parametrize("terms", ["embedding-layernorm", "value", "all"])
+def test_masks_are_the_same_in_every_memory_mode_and_for_every_choice(
+    terms, memory, build, batch, measure, to_double, as_exact, same_masks, monkeypatch
+):
+    rates = rates_of("bert", 0.1, 0.2)
+    model = build("bert", "ForTokenClassification", attn_implementation="eager", **rates)
+    model.dropout.p = 0.0  # the head's is drawn for padding, too
+    selection = select(model, terms)
+    inputs = batch(model)
+    results = []
+    for each, given in ((model, inputs), to_double(model, inputs)):
+        same_masks("bert", each, given, False, 0.1, 0.2)
+        results.append(measure(each, given))
+        monkeypatch.setattr(F, "dropout", F.dropout.pytorch)
+    done = patch_encoder(model, precision="fp32", memory=memory)
+    found = measure(model, inputs)
+    assert set(found) == {"loss", *selection.names} - set(done.no_gradient)
+    as_exact(found, *results)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_as_much_is_dropped_as_asked_for(p):
+    for number in range(9):
+        seed = torch.tensor([77]) + number * stack._SEEDS_APART
+        keep = kept(500, 800, p, seed)
+        assert abs(keep.double().mean() - (1 - p)) < 0.004
+        assert abs(keep.double().mean(0) - (1 - p)).max() < 5 * (p * (1 - p) / 500) ** 0.5
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit"])
+def test_every_step_drops_anew_and_a_seed_brings_it_back(family, build, batch):
+    model = build(family, **rates_of(family, 0.2, 0.2))
+    select(model)
+    patch_encoder(model, precision="fp32")
+    inputs = batch(model)
+    torch.manual_seed(5)
+    losses = [model(**inputs).loss.item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    torch.manual_seed(5)
+    assert [model(**inputs).loss.item() for _ in range(3)] == losses
+    model.eval()
+    assert len({model(**inputs).loss.item() for _ in range(3)}) == 1
+
+
+def test_seeds_of_one_pass_are_apart_and_those_of_two_differ(build, batch, monkeypatch):
+    seen = []
+    drop = stack._Run._drop
+
+    def spy(self, number):
+        seen.append((number, drop(self, number)[1].item()))
+        return drop(self, number)
+
+    monkeypatch.setattr(stack._Run, "_drop", spy)
+    model = build("bert", **rates_of("bert", 0.1, 0.2))
+    select(model)
+    patch_encoder(model, precision="fp32")
+    passes = []
+    for _ in range(2):
+        seen.clear()
+        model(**batch(model)).loss.backward()
+        passes.append(dict(seen))
+        # the backward pass draws the same
+        assert len(set(seen)) == 9 and len(seen) == 18
+    for seeds in passes:
+        assert [seeds[n] - seeds[0] for n in range(9)] == [n * 2**40 for n in range(9)]
+    assert passes[0][0] != passes[1][0]
+
+
+def test_rates_are_asked_for_at_each_step(build, batch):
+    model = build("bert", **rates_of("bert", 0.2, 0.2))
+    select(model)
+    patch_encoder(model, precision="fp32")
+    inputs = batch(model)
+    torch.manual_seed(0)
+    first = model(**inputs).loss
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    plain = model(**inputs).loss
+    assert first != plain
+    assert torch.equal(copy.deepcopy(model).eval()(**inputs).loss, plain)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_evaluation_is_that_of_the_model_unpatched(family, build, batch, to_double):
+    model = build(family, **rates_of(family, 0.2, 0.2)).eval()
+    inputs = batch(model)
+    wide, given = to_double(model, inputs)
+    exact = wide(**given).logits
+    expected = model(**inputs).logits
+    select(model)
+    patch_encoder(model, precision="fp32")
+    with torch.no_grad():
+        found = model(**inputs).logits
+    error = (found - exact).abs().max()
+    assert error <= 2 * (expected - exact).abs().max() + 16 * 2.0**-23 * exact.abs().max()

@@ -1,0 +1,46 @@
+"""Take two steps of a model with a patched encoder in two processes, each with half of a batch.
+
+`python two_processes.py FOLDER` reads `model.pt` and `inputs.pt` there, and writes what gradients
+each process ends with to `gradients-0.pt` and `gradients-1.pt`.
+"""
+
+import multiprocessing
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from bitfit_fast import patch_encoder, select
+
+
+def train(rank, folder, model, inputs):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    select(model)
+    patch_encoder(model, precision="fp32")
+    wrapped = DistributedDataParallel(model)
+    half = {name: t[2 * rank : 2 * rank + 2] for name, t in inputs.items()}
+    for _ in range(2):  # a gradient that never came is missed at the second
+        model.zero_grad(set_to_none=True)
+        wrapped(**half).loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.save(grads, f"{folder}/gradients-{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = sys.argv[1]
+    model = torch.load(f"{folder}/model.pt", weights_only=False)
+    inputs = torch.load(f"{folder}/inputs.pt")
+    # what takes long, the imports, is done once; no thread runs yet
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=train, args=(rank, folder, model, inputs)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))
