@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import re
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from micro import Settings, copy_rate, measure, product_rate
 from operations import OPERATIONS
+from provenance import QUICK, provenance, slug, write_results
 
-from bitfit_fast.files import to_json, write_text
-from bitfit_fast.training.measure import commit, device_name
-
-#: Set to 1, it makes a run that only shows that everything works.
-QUICK = os.environ.get("BITFIT_FAST_QUICK") == "1"
 PATH = pytest.StashKey[Path]()
 
 
@@ -45,22 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split("\n")[0].strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 class Run:
     """Measures each group once, when its first row is asked for, and writes all of them."""
 
@@ -76,24 +50,11 @@ class Run:
         # the product first: it also wakes the device up
         products, copies = product_rate(self.settings), copy_rate(self.settings)
         self.limits = (copies, products)
-        name = device_name(device)
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") if cuda else "cpu"
-        self.path = config.getoption("--results-dir") / f"kernels-{slug}.json"
-        # a copy of the sources has no history to ask
-        at = os.environ.get("BITFIT_FAST_COMMIT") or commit() or ""
+        self.path = config.getoption("--results-dir") / f"kernels-{slug(device)}.json"
+        command = " ".join(["pytest", *config.invocation_params.args])
         packages = ("torch", "triton", "transformers", "liger_kernel")
         self.results: dict[str, Any] = {
-            "command": " ".join(["pytest", *config.invocation_params.args]),
-            "commit": at.removesuffix("-dirty") or None,
-            "dirty": at.endswith("-dirty") if at else None,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": name,
-            "driver": _driver() if cuda else None,
-            "versions": {
-                "python": platform.python_version(),
-                "cuda": torch.version.cuda,
-                **{package: _version(package) for package in packages},
-            },
+            **provenance(command, device, packages),
             "dtype": str(dtype).removeprefix("torch."),
             "quick": QUICK,
             "seed": seed,
@@ -139,10 +100,7 @@ class Run:
     def write(self) -> None:
         """Write the results so far."""
         self.results["seconds"] = round(time.monotonic() - self.start, 1)
-        head = to_json({k: v for k, v in self.results.items() if k != "rows"}, indent=2)
-        # a line for each row
-        rows = ",\n".join(f"    {to_json(row)}" for row in self.results["rows"])
-        write_text(self.path, f'{head[:-2]},\n  "rows": [\n{rows}\n  ]\n}}\n')
+        write_results(self.path, self.results)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Tests, kernel benchmarks and their picture, in eight minutes, from the checkout alone.
+# Tests, and benchmarks of kernels and whole steps, in eight minutes, from the checkout alone.
 #
 #     benchmarks/gpu.sh [OUT_DIR]
 #
-# OUT_DIR is $OUT, or else benchmarks/results. Leaves gpu-tests.log, gpu-tests.xml,
-# gpu-benchmarks.log, kernels-DEVICE.json and kernels-DEVICE.png there. Goes on when a part
-# fails, and fails at the end. Nothing is installed or fetched; without a GPU it runs smaller
-# sizes, and with BITFIT_FAST_QUICK=1 it only shows that everything works. PYTHON names the
-# interpreter, and BITFIT_FAST_COMMIT the commit where the checkout has no history.
+# OUT_DIR is $OUT, or else benchmarks/results. Leaves there gpu-tests.xml, kernels-DEVICE.json,
+# step-DEVICE.json, step-compiled-DEVICE.json, a picture of each of these, memory-DEVICE.json,
+# cost-model.json, and gpu-PART.log for each part. Goes on when a part fails, and fails at the
+# end. Nothing is installed or fetched; without a GPU it runs smaller sizes, and with
+# BITFIT_FAST_QUICK=1 it only shows that everything works. PYTHON names the interpreter, and
+# BITFIT_FAST_COMMIT the commit where the checkout has no history.
 set -u -o pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd) || exit 1
@@ -47,14 +48,39 @@ fi
 if command -v nvidia-smi >/dev/null && "$python" -c 'import xdist' 2>/dev/null; then
     tests+=(-n 8)
 fi
-part tests 165 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider --durations=10 \
+part tests 110 "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider --durations=10 \
     --junitxml="$out/gpu-tests.xml"
 touch "$out/.gpu-began"
-part benchmarks 250 "$python" -m pytest benchmarks -q -p no:cacheprovider --benchmark-only \
-    --benchmark-columns=median,iqr,rounds --results-dir="$out" --seconds=205
-for results in "$out"/kernels-*.json; do
+
+device=$("$python" -c 'import sys, torch; sys.path.insert(0, "benchmarks"); import provenance
+print(provenance.slug(torch.device("cuda" if torch.cuda.is_available() else "cpu")))') || exit 1
+# 1,024 and 8,192 tokens
+steps=(--model bert-base --task 64 --batch-size 16,128 --batches 2 --repeats 30)
+kept=(--model bert-base --task 64 --batch-size 128)
+compiled=autocast-compiled,bf16,bf16-compiled model=bert-base
+if [ "$device" = cpu ]; then
+    steps=(--model minilm --task MRPC --batches 2 --repeats 10)
+    kept=(--model minilm --task 64 --batch-size 16)
+fi
+if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
+    compiled=autocast-compiled model=tiny
+fi
+part step 75 "$python" benchmarks/step.py "${steps[@]}" --seconds 45 \
+    --output "$out/step-$device.json"
+# to compile takes most of its time
+part step-compiled 120 "$python" benchmarks/step.py "${steps[@]}" --seconds 90 \
+    --variants autocast,$compiled,fast-bf16 \
+    --output "$out/step-compiled-$device.json"
+part memory 25 "$python" benchmarks/memory.py "${kept[@]}" --output "$out/memory-$device.json"
+part cost-model 20 "$python" benchmarks/cost_model.py --model $model --output "$out/cost-model.json"
+# the operations last, which say what they had no time for
+part benchmarks 95 "$python" -m pytest benchmarks -q -p no:cacheprovider --benchmark-only \
+    --benchmark-columns=median,iqr,rounds --results-dir="$out" --seconds=65
+for name in step step-compiled kernels; do
+    results=$out/$name-$device.json script=benchmarks/plot_step.py
+    [ $name = kernels ] && script=benchmarks/plot.py
     if [ "$results" -nt "$out/.gpu-began" ]; then
-        timeout 25 "$python" benchmarks/plot.py "$results" || failed+=(plot)
+        timeout 25 "$python" $script "$results" || failed+=(plot)
     fi
 done
 rm -f "$out/.gpu-began"

@@ -264,7 +264,8 @@ def patch_encoder(
     reads. The backward pass computes the gradients of biases alone and ends at the lowest one
     that trains. Embeddings, pooler and head are the model's, in fp32. Names, parameters and
     state dict stay as they are; what the operation cannot do, such as returning all hidden
-    states, the model's own layers do.
+    states, the model's own layers do. Under a head that reads first tokens only, the base
+    model returns these alone, `[B, 1, d]`; under others its output at padding is zero.
 
     Parameters
     ----------
@@ -278,8 +279,8 @@ def patch_encoder(
     memory : str
         `fast`, `low`, `lower` or `lowest`: how much is kept for the backward pass. In 16 bits
         and for a width of d at most 18 d + 8, 14 d + 8, 10 d + 8, 4 d + 8 bytes a token and
-        layer. `low` keeps the activation's derivative in 8 bits, which is the only
-        approximation; the last two compute again what they do not keep.
+        layer (8 more in ViT and DeiT). `low` keeps the activation's derivative in 8 bits,
+        which is the only approximation; the last two compute again what they do not keep.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """The kernels for CPUs: `native.cpp`, built once by the machine's C++ compiler, and its launchers.
 
-A launcher takes and returns what the Triton one of the same name does, and draws the same dropout
-masks. Where there is no compiler `unavailable` says so, and the operations run their definitions
-in PyTorch. The library is kept under `$XDG_CACHE_HOME/bitfit_fast`, by the hash of its source, the
+A launcher computes what the Triton one of the same name does, with the same dropout masks.
+Where there is no compiler `unavailable` says so, and the operations run their definitions in
+PyTorch. The library is kept under `$XDG_CACHE_HOME/bitfit_fast`, by the hash of its source, the
 compiler and the CPU.
 """
 

@@ -1,4 +1,4 @@
-"""The kernel benchmarks run, leave what they say, and leave it whole when they are killed."""
+"""The benchmarks run, leave what they say, and leave it whole when they are killed."""
 
 import json
 import os
@@ -29,8 +29,8 @@ def environment(**more):
     return {**kept, **quick, **more}
 
 
-def results_in(folder: Path):
-    (path,) = folder.glob("kernels-*.json")
+def results_in(folder: Path, name: str = "kernels"):
+    (path,) = (p for p in folder.glob(f"{name}-*.json") if name != "step" or "comp" not in p.name)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -54,17 +54,20 @@ def test_the_script_leaves_few_files_and_a_table(done):
     names = sorted(path.name for path in folder.iterdir())
     device = results_in(folder)["device"]
     slug = "cpu" if "threads" in device else device.lower().replace(" ", "-")
-    logs = ["gpu-benchmarks.log", "gpu-tests.log", "gpu-tests.xml"]
-    assert names == [*logs, f"kernels-{slug}.json", f"kernels-{slug}.png"]
+    parts = ("benchmarks", "cost-model", "memory", "step", "step-compiled", "tests")
+    drawn = (f"{name}-{slug}" for name in ("kernels", "step", "step-compiled"))
+    left = {f"gpu-{part}.log" for part in parts} | {"gpu-tests.xml", "cost-model.json"}
+    left |= {f"{name}.{kind}" for name in drawn for kind in ("json", "png")}
+    assert set(names) == left | {f"memory-{slug}.json"}
     suite = xml.etree.ElementTree.parse(folder / "gpu-tests.xml").getroot()[0]
     assert int(suite.get("tests")) > 0 and suite.get("failures") == "0"
     table = process.stdout.split("exit status 0")[-1]
     assert "product_gelu_bwd" in table and "eager ms" in table
 
 
-def test_the_picture_is_one(done):
-    (picture,) = done[0].glob("*.png")
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+def test_the_pictures_are_some(done):
+    for picture in done[0].glob("*.png"):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_results_say_where_they_come_from(done):
@@ -92,6 +95,61 @@ def test_every_row_has_its_time_its_floor_and_its_memory(done):
         assert row["bytes"] > 0 and row["floor_ms"] > 0 and row["share_of_limit"] > 0, row
         assert 0 <= row["relative_error"] < 0.02 and row["rounds"] >= 3, row
         assert {"flops", "saved_bytes", "peak_bytes", "host_ms"} <= row.keys(), row
+
+
+def test_steps_are_timed_against_the_references(done):
+    results = results_in(done[0], "step")
+    assert (results["commit"], results["dirty"]) == ("0123abc", True)
+    assert results["command"].startswith("python benchmarks/step.py")
+    assert results["finished"] and results["quick"] and not results["skipped"]
+    assert {"device", "driver", "threads", "versions", "backend"} <= results.keys()
+    rows = {row["variant"]: row for row in results["rows"]}
+    assert rows.keys() == results["variants"].keys()
+    assert {"fp32-128", "autocast", "full-fp32", "packing", "fast-fp32"} <= rows.keys()
+    for row in rows.values():
+        if row["group"] == "other" and "error" in row:  # PEFT need not be installed
+            continue
+        assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"], row
+        assert row["padded_tokens"] >= row["tokens"] > 0 and row["speedup"]["fp32"] > 0, row
+        assert row["group"] == "other" or 0 < row["relative_error"] < 0.03, row
+    assert rows["fast-fp32"]["relative_error"] < 1e-5
+    assert rows["fp32-128"]["padded_tokens"] == 4 * 128
+    compiled = {row["variant"] for row in results_in(done[0], "step-compiled")["rows"]}
+    assert "autocast-compiled" in compiled
+
+
+def test_a_step_with_wrong_gradients_is_not_timed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import bitfit_fast.encoder.stack as stack\n"
+        "right = stack.bias_gradient\n"
+        "stack.bias_gradient = lambda dy: 1.1 * right(dy)\n"
+    )
+    path = tmp_path / "step-cpu.json"
+    command = [sys.executable, "benchmarks/step.py", "--variants=fp32,fast-fp32"]
+    process = subprocess.run(
+        [*command, f"--output={path}"],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 1, process.stdout + process.stderr
+    right, wrong = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert "ms" in right and "ms" not in wrong
+    assert wrong["error"].startswith("gradients differ by")
+
+
+def test_memory_modes_keep_less(done):
+    results = results_in(done[0], "memory")
+    assert results["finished"] and results["commit"] == "0123abc"
+    rows = {(row["variant"], row["dropout"]): row for row in results["rows"]}
+    for dropout in (0.0, 0.1):
+        modes = ["autocast", *(f"fast-bf16{mode}" for mode in ("", "-low", "-lower", "-lowest"))]
+        kept = [rows[mode, dropout]["saved_bytes_per_token_layer"] for mode in modes]
+        assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept), kept
+        for mode in modes:
+            assert rows[mode, dropout]["peak_bytes"] > rows[mode, dropout]["saved_bytes"]
 
 
 def test_floors_count_every_tensor_once(done):

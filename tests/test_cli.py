@@ -299,9 +299,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(run, tra
 
 def test_a_loss_that_is_nan_exits_with_2(run, bert_folder, files, tmp_path, monkeypatch):
     call = FastStep.__call__
-    monkeypatch.setattr(
-        FastStep, "__call__", lambda self, batch: call(self, batch) * float("nan")
-    )
+    monkeypatch.setattr(FastStep, "__call__", lambda self, batch: call(self, batch) * float("nan"))
     result = run(*quick(bert_folder, tmp_path / "out", "--train-file", files / "train.csv"))
     refused(result, "loss is nan at step 1", "learning rate")
 

@@ -1,0 +1,509 @@
+"""Count what a training step does on a GPU: launches, bytes, operations, and what it keeps.
+
+    python benchmarks/cost_model.py                  # a table
+    python benchmarks/cost_model.py --output benchmarks/results/cost-model.json
+
+The step runs on CPU tensors under a dispatch mode that sees every operation before it runs. What
+takes long is not computed. An operation of `bitfit_fast` counts as what its launcher would
+launch; each tensor that an operation takes or gives counts once, as if the cache held it no longer
+and no shorter than that. There is no noise in the counts, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from saved import Saved
+from steps import VARIANTS, Setting, backend, batches, build
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from bitfit_fast.encoder import stack
+from bitfit_fast.files import write_json
+from bitfit_fast.kernels._launch import column_config
+from bitfit_fast.kernels.attention import attention_config
+from bitfit_fast.kernels.layer_norm import layer_norm_config
+from bitfit_fast.ops.dropout import kept
+
+__all__ = ["COUNTED", "DEVICE", "Device", "count", "count_all"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Device:
+    """What predicts times: multiprocessors, bytes and operations a second, seconds a launch."""
+
+    name: str
+    processors: int
+    bandwidth: float
+    flops: float
+    launch: float
+
+
+#: Rates that copies and bf16 products reach, not those of the data sheet.
+DEVICE = Device("H200", 132, 4.3e12, 788e12, 3e-6)
+
+#: What is counted, by the names of `steps.VARIANTS`.
+COUNTED = {
+    "reference": "autocast",
+    "fast": "fast-bf16",
+    "low": "fast-bf16-low",
+    "lower": "fast-bf16-lower",
+    "lowest": "fast-bf16-lowest",
+}
+
+#: Operations that touch no data, besides views.
+_FREE = {
+    aten._unsafe_view,
+    aten._local_scalar_dense,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.lift_fresh,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.set_,
+    aten.squeeze_,
+}
+#: What takes long, and whose values nothing depends on.
+_HEAVY = {
+    aten.addmm,
+    aten.addmm_,
+    aten.bmm,
+    aten.gelu,
+    aten.gelu_backward,
+    aten.mm,
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+}
+#: Operations of more than one launch.
+_LAUNCHES = {aten.native_layer_norm_backward: 2}
+#: Tensors that one launch of an operation on lists takes, by how many lists there are.
+_LIST_LIMIT = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+
+
+@dataclass
+class Work:
+    """What one operation, or all of a step, does."""
+
+    launches: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _size(tensors: list[Tensor]) -> int:
+    """Return the bytes of different tensors; an expanded one is as large as its memory."""
+    sizes = {}
+    for t in tensors:
+        there = math.prod(n for n, stride in zip(t.shape, t.stride()) if stride)
+        key = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape))
+        sizes[key] = (there if t.numel() else 0) * t.element_size()
+    return sum(sizes.values())
+
+
+# ------------------------------------------------------------- what our launchers would launch
+
+
+def _sums(rows: int, width: int, sums: int, partial_rows: int) -> Work:
+    """Return the second stage of column sums, and the partial rows that the first one writes."""
+    if not sums:
+        return Work()
+    if partial_rows == 1:
+        return Work(0, 4 * sums * width)
+    return Work(1, 4 * sums * width * (2 * partial_rows + 1))
+
+
+def _plus(work: Work, more: Work) -> Work:
+    return Work(work.launches + more.launches, work.bytes + more.bytes, work.flops + more.flops)
+
+
+def _layer_norm_fwd(args: tuple[Any, ...], out: Any) -> Work:
+    return Work(1, _size(_tensors(args) + _tensors(out)))
+
+
+def _layer_norm_bwd(args: tuple[Any, ...], out: Any) -> Work:
+    ds, dx, sums = out
+    rows = layer_norm_config(*ds.shape, DEVICE.processors)["P"]
+    own = Work(1, _size([*_tensors(args), ds, dx]))
+    return _plus(own, _sums(*ds.shape, sums.shape[0], rows))
+
+
+def _column_work(x: Tensor, tensors: list[Tensor], sums: int) -> Work:
+    rows = column_config(*x.shape, DEVICE.processors)["P"]
+    return _plus(Work(1, _size(tensors)), _sums(*x.shape, sums, rows))
+
+
+def _activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
+    return _column_work(out[0], [*_tensors(args), out[0]], 1)
+
+
+def _linear_activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
+    # the vendor's product, and the activation's backward pass over what it gave
+    dy, w, saved, b = args[:4]
+    dz = out[0]
+    product = Work(1, _size([dy, w, dz]), 2 * dz.numel() * dy.shape[1])
+    after = [t for t in (saved, b, dz) if t is not None]
+    return _plus(product, _plus(_column_work(dz, after, 1), Work(0, _size([dz]))))
+
+
+def _column_sum(args: tuple[Any, ...], out: Any) -> Work:
+    return _column_work(args[0], _tensors(args), 1)
+
+
+_OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
+    "activation_bwd": _activation_bwd,
+    "activation_fwd": _layer_norm_fwd,
+    "column_sum": _column_sum,
+    "layer_norm_bwd": _layer_norm_bwd,
+    "layer_norm_fwd": _layer_norm_fwd,
+    "linear_activation_bwd": _linear_activation_bwd,
+}
+
+
+# ------------------------------------------------------------------------------- the counter
+
+
+@dataclass
+class Counted:
+    """The work of a step by operation."""
+
+    works: list[tuple[str, Work]] = field(default_factory=list)
+
+    def note(self, name: str, work: Work) -> None:
+        self.works.append((name, work))
+
+    @property
+    def total(self) -> Work:
+        total = Work()
+        for _, work in self.works:
+            total = _plus(total, work)
+        return total
+
+    @property
+    def seconds(self) -> float:
+        """Return the time that the device needs, one operation after the other."""
+        return sum(
+            max(w.bytes / DEVICE.bandwidth, w.flops / DEVICE.flops, w.launches * DEVICE.launch)
+            for _, w in self.works
+        )
+
+    def by_name(self) -> dict[str, Work]:
+        """Return the work of each kind of operation, the most bytes first."""
+        found: dict[str, Work] = {}
+        for name, work in self.works:
+            found[name] = _plus(found.get(name, Work()), work)
+        return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
+
+
+class _Mode(TorchDispatchMode):
+    """Sees every operation, computes those that are quick, and counts what all of them do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counted()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, packet = kwargs or {}, func.overloadpacket
+        if func.namespace in ("prim", "profiler"):
+            return func(*args, **kwargs)
+        if func.namespace not in ("aten", "bitfit_fast"):
+            raise NotImplementedError(f"it is not known what {func} does on a GPU")
+        if func.namespace == "bitfit_fast" and packet.__name__ not in _OURS:
+            return self._defined(packet.__name__, *args)
+        heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
+        out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
+        if not (func.is_view or packet in _FREE):
+            self.counted.note(packet.__name__, _work(func, args, kwargs, out))
+        return out
+
+    def _defined(self, name: str, *args: Any) -> Any:
+        """Run an operation that has no kernel on a GPU: each step of its definition counts."""
+        if name != "dropout":
+            raise NotImplementedError(f"it is not known what bitfit_fast::{name} launches")
+        x, p, seed = args
+        with self:
+            return torch.where(kept(*x.shape, p, seed), x, 0) * (1 / (1 - p))
+
+
+def _uncomputed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return an operation's output with any values."""
+    meta = tree_map_only(
+        Tensor,
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"),
+        (args, kwargs),
+    )
+    out = func(*meta[0], **meta[1])
+    if func._schema.is_mutable:
+        return args[0]
+    return tree_map_only(
+        Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), out
+    )
+
+
+def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
+    packet, name = func.overloadpacket, func.overloadpacket.__name__
+    if func.namespace == "bitfit_fast":
+        return _OURS[name](args, out)
+    if func is aten._foreach_add_.Tensor:
+        return Work()  # AdamW's step counts, which lie on the host
+    inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+    size = _size(inputs) + _size(outputs)
+    if func._schema.is_mutable and not outputs:  # of lists
+        size += _size(_tensors(args[0]))
+    if packet in (aten.embedding, aten.index_select):
+        size = 2 * _size(outputs)
+    elif packet in (aten.index_add_, aten.index_copy_):
+        size = (3 if packet is aten.index_add_ else 2) * _size([args[3]])
+    launches = _LAUNCHES.get(packet, 1)
+    lists = [a for a in args if isinstance(a, (list, tuple)) and _tensors(a)]
+    if name.startswith("_foreach") or name.startswith("_fused"):
+        launches = -(-len(lists[0]) // _LIST_LIMIT[len(lists)])
+    flops = 0
+    if packet in flop_registry:
+        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    elif packet is aten.addmm_:
+        flops = 2 * out.numel() * args[1].shape[1]
+    return Work(launches, size, flops)
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+def _our_attention(counted: Counted, q: Tensor, k: Tensor, packing: Any, backward: bool, kv: bool):
+    """Count the launches of our attention."""
+    whole = q.shape[0] == k.shape[0]
+    queries = packing.longest if whole else 1
+    pairs = sum(n * n if whole else n for n in packing.lengths)
+    product = 2 * pairs * q.shape[1] * q.shape[2]
+    of_q, of_kv = _size([q]), 2 * _size([k])
+    offsets = 8 * (len(packing.lengths) + 1)
+    if not backward:
+        counted.note("attention_fwd", Work(1, 2 * of_q + of_kv + offsets, 2 * product))
+        return
+    config = attention_config(queries, packing.longest, q.shape[2], q.element_size(), "bwd")
+    one_launch = kv and queries <= config["BLOCK_M"]
+    one_block = packing.longest <= config["BLOCK_N"]
+    numbers = 0 if one_launch else 8 * q.shape[0] * q.shape[1]
+    products = (3 if one_block else 5) + (2 if one_launch else 0)
+    size = 3 * of_q + of_kv + (of_kv if one_launch else 0) + numbers + offsets
+    counted.note("attention_bwd", Work(1, size, products * product))
+    if kv and not one_launch:
+        size = 2 * of_q + 2 * of_kv + numbers + offsets
+        counted.note("attention_bwd_kv", Work(1, size, 4 * product))
+
+
+def _stack_attention(mode: _Mode) -> tuple[Any, Any]:
+    """Return what stands in for the stack's attention while it is counted."""
+
+    def fwd(q, k, v, packing, p, seed, bias):  # type: ignore[no-untyped-def]
+        _our_attention(mode.counted, q, k, packing, False, True)
+        return torch.empty(q.shape, dtype=q.dtype)
+
+    def bwd(do, q, k, v, packing, p, seed, bias, needs_kv=True):  # type: ignore[no-untyped-def]
+        _our_attention(mode.counted, q, k, packing, True, needs_kv)
+        if needs_kv and q.shape[0] == k.shape[0]:
+            joined = torch.empty(q.shape[0], 3, *q.shape[1:], dtype=q.dtype)
+            return joined[:, 0], joined[:, 1:]
+        dkv = torch.empty(k.shape[0], 2, *k.shape[1:], dtype=q.dtype) if needs_kv else None
+        return torch.empty(q.shape, dtype=q.dtype), dkv
+
+    return fwd, bwd
+
+
+def _flash(mode: _Mode) -> Any:
+    """Return what stands in for PyTorch's flash attention, `[B, H, S, D]` in and out."""
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o = _like(q)
+            lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+            ctx.save_for_backward(q, k, v, o, lse)
+            product = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+            mode.counted.note("flash_fwd", Work(1, _size([q, k, v, o, lse]), 2 * product))
+            return o
+
+        @staticmethod
+        def backward(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
+            q, k, v, o, lse = ctx.saved_tensors
+            gradients = _like(q), _like(k), _like(v)
+            product = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
+            # sum(do o) for each row; the gradients, that of q in fp32; its conversion
+            rows, wide = _size([lse]), 2 * _size([q])
+            if q.element_size() == 4:
+                wide //= 2
+            for launch in (
+                Work(1, _size([do, o]) + rows + wide),
+                Work(
+                    1,
+                    _size([do, q, k, v]) + 2 * rows + 2 * wide + _size(list(gradients[1:])),
+                    5 * product,
+                ),
+                Work(1, wide + _size([gradients[0]])),
+            ):
+                mode.counted.note("flash_bwd", launch)
+            return gradients
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, scale=None, **rest):  # type: ignore[no-untyped-def]
+        return Flash.apply(query, key, value)
+
+    return attention
+
+
+def _like(x: Tensor) -> Tensor:
+    batch, heads, length, size = x.shape
+    return torch.empty(batch, length, heads, size, dtype=x.dtype).transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------- the counts
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Drop out in one launch, as on a GPU."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+def _clip(parameters: Any, max_norm: float) -> None:
+    """Clip as on a GPU, where `clip_grad_norm_` works on lists."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
+    torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
+    fwd, bwd = _stack_attention(mode)
+    with (
+        backend("torch"),
+        mock.patch.object(stack, "attention_fwd", fwd),
+        mock.patch.object(stack, "attention_bwd", bwd),
+        mock.patch.object(F, "scaled_dot_product_attention", _flash(mode)),
+        mock.patch.object(F, "dropout", _dropout),
+        mock.patch.object(nn.utils, "clip_grad_norm_", _clip),
+        mode,
+    ):
+        yield
+
+
+def count(variant: str, setting: Setting) -> tuple[dict[str, Any], Counted]:
+    """Count the second step of a variant.
+
+    Parameters
+    ----------
+    variant : str
+        A key of `steps.VARIANTS`.
+    setting : Setting
+        On a CPU.
+
+    Returns
+    -------
+    dict, Counted
+        Launches, bytes, flops, bytes kept for backward a token and layer, and the time that
+        `DEVICE` would need; and all of it by operation.
+    """
+    mode = _Mode()
+    (batch,) = batches(setting, 1)
+    batch = VARIANTS[variant].input(batch)
+    tokens = int(batch["attention_mask"].sum())
+    if tokens == batch["attention_mask"].numel():
+        # without padding there is no mask to look at, which a GPU would be waited for
+        del batch["attention_mask"]
+    step = build(VARIANTS[variant], setting)
+    for group in step.inner.optimizer.param_groups:  # type: ignore[attr-defined]
+        group["foreach"] = None if group["fused"] else True
+    with _as_on_a_gpu(mode):
+        step(batch)
+        mode.counted = counted = Counted()
+        step(batch)
+        mode.counted = Counted()
+        with Saved(step.inner.model) as saved:  # type: ignore[attr-defined]
+            step(batch)
+    layers = step.inner.model.config.num_hidden_layers  # type: ignore[attr-defined]
+    total = counted.total
+    return {
+        "launches": total.launches,
+        "bytes": total.bytes,
+        "flops": total.flops,
+        "saved_bytes_per_token_layer": round(saved.bytes / tokens / layers, 1),
+        "predicted_ms": float(f"{1e3 * counted.seconds:.4g}"),
+    }, counted
+
+
+def count_all(setting: Setting) -> dict[str, dict[str, Any]]:
+    """Count every variant of `COUNTED`."""
+    return {name: count(variant, setting)[0] for name, variant in COUNTED.items()}
+
+
+def table(counts: dict[str, dict[str, Any]], title: str) -> Table:
+    """Return the counts, and the reference's over them."""
+    result = Table(
+        "", "launches", "MB moved", "GFLOP", "kept, B/token/layer", "predicted ms", "speed-up",
+        title=title,
+    )  # fmt: skip
+    for column in result.columns[1:]:
+        column.justify = "right"
+    for name, row in counts.items():
+        result.add_row(
+            name,
+            str(row["launches"]),
+            f"{row['bytes'] / 1e6:,.0f}",
+            f"{row['flops'] / 1e9:,.1f}",
+            f"{row['saved_bytes_per_token_layer']:,.0f}",
+            f"{row['predicted_ms']:.3f}",
+            f"{counts['reference']['predicted_ms'] / row['predicted_ms']:.2f}",
+        )
+    return result
+
+
+def main() -> None:
+    """Count, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="bert-base")
+    parser.add_argument("--task", default="64", help="a task of lengths.json, or a length")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, help="file for the JSON, besides")
+    parser.add_argument("--operations", choices=COUNTED, help="print each operation of one")
+    a = parser.parse_args()
+    setting = Setting(a.model, a.task, a.batch_size, a.dropout, torch.device("cpu"))
+    if a.operations:
+        for name, work in count(COUNTED[a.operations], setting)[1].by_name().items():
+            print(
+                f"{name:32} {work.launches:6} {work.bytes / 1e6:10.2f} MB {work.flops / 1e9:10.2f}"
+            )
+        return
+    counts = count_all(setting)
+    if a.output:
+        write_json(a.output, counts)
+    if a.json:
+        print(json.dumps(counts, indent=2))
+        return
+    length = f"{a.task} tokens" if a.task.isdigit() else a.task
+    words = f"{a.model}, {length}, batch {a.batch_size}, dropout {a.dropout:g}"
+    Console(width=max(Console().width, 110)).print(table(counts, f"{words}; {DEVICE.name}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Time whole training steps: forward, backward, clipping and AdamW, each way to train in turn.
+
+    python benchmarks/step.py --model minilm --task MRPC,CoLA --dropout 0,0.1
+
+Variants are interleaved step by step on the same batches, whose lengths are drawn from those of
+a GLUE task (SST-2's are not here; CoLA's sentences are the nearest) and whose tokens are random.
+A variant whose bias gradients differ from those in float64 by more than PyTorch's in the same
+precision is not timed. `step.py lengths --data-dir FOLDER` counts the lengths anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import QUICK, command_line, provenance, short, write_results
+from rich.console import Console
+from rich.table import Table
+from steps import (
+    LENGTHS,
+    MAX_LENGTH,
+    MODELS,
+    VARIANTS,
+    Batch,
+    Setting,
+    batches,
+    bias_gradients,
+    build,
+    numbers,
+    relative_error,
+)
+
+import bitfit_fast
+from bitfit_fast.files import write_text
+from bitfit_fast.models.loading import DEFAULT_MODEL
+
+TASKS = {"MRPC": "mrpc", "CoLA": "cola", "RTE": "rte", "STS-B": "stsb"}
+#: What a variant's error may be: that of PyTorch in the same precision twice, and this.
+_FLOOR = {"fp32": 1e-5, "bf16": 2e-3}
+_PYTORCH = {"fp32": "fp32", "bf16": "autocast"}
+_COMPILED = tuple(name for name in VARIANTS if name.endswith("-compiled"))
+_DEFAULT = tuple(n for n in VARIANTS if n not in _COMPILED and not n.endswith("-torch"))
+
+
+def count_lengths(data_dir: Path) -> None:
+    """Write how long the training examples of GLUE tasks are, in tokens."""
+    tokenizer = bitfit_fast.load_tokenizer(DEFAULT_MODEL)
+    found = {}
+    for name, task in TASKS.items():
+        split = bitfit_fast.load_task(task, data_dir=data_dir, kinds=("train",)).train
+        assert split is not None
+        texts = map(list, zip(*split.texts))
+        encoded = tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)
+        found[name] = dict(sorted(Counter(map(len, encoded["input_ids"])).items()))
+    lines = ",\n".join(f'  "{name}": {json.dumps(counts)}' for name, counts in found.items())
+    write_text(LENGTHS, f"{{\n{lines}\n}}\n")
+
+
+def check(names: list[str], setting: Setting, batch: Batch) -> dict[str, dict[str, Any]]:
+    """Return each variant's relative error, and an `error` where it is too large."""
+    exact: dict[Any, Any] = {}
+    # compiled references are the same, and would be compiled twice
+    left = {*_COMPILED, *(n for n in names if VARIANTS[n].group == "other")}
+    compared = [name for name in names if name not in left]
+    needed = dict.fromkeys([*(_PYTORCH[VARIANTS[n].precision] for n in compared), *compared])
+    found: dict[str, dict[str, Any]] = {}
+    for name in needed:
+        variant, facts = VARIANTS[name], {}
+        try:
+            given = variant.input
+            if given not in exact:
+                exact[given] = bias_gradients(None, setting, given(batch))
+            error = relative_error(bias_gradients(variant, setting, batch), exact[given])
+            facts["relative_error"] = short(error)
+            if variant.group != "reference":
+                theirs = found[_PYTORCH[variant.precision]]["relative_error"]
+                if not error <= 2 * theirs + _FLOOR[variant.precision]:
+                    facts["error"] = f"gradients differ by {error:.2g}, PyTorch's by {theirs:.2g}"
+        except Exception as failure:  # one variant's failure is a result, and the rest goes on
+            facts["error"] = _one_line(failure)
+        found[name] = facts
+        _free(setting.device)
+    return found
+
+
+def _one_line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".split("\n")[0][:300]
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _timed(step: Any, batch: Batch, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    loss = step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    taken = time.perf_counter() - start
+    del loss  # freeing is not timed
+    return 1e3 * taken
+
+
+def _spread(samples: list[list[float]]) -> dict[str, float]:
+    """Return quantiles over the repeats of each batch, averaged over batches."""
+    cuts = [statistics.quantiles(series, n=10, method="inclusive") for series in samples]
+    return {f"p{10 * i}": short(statistics.fmean(c[i - 1] for c in cuts)) for i in (2, 5, 8)}
+
+
+def measure(
+    setting: Setting, names: list[str], count: int, repeats: int, until: float
+) -> list[dict[str, Any]]:
+    """Check and time variants on the same batches.
+
+    Parameters
+    ----------
+    setting : Setting
+    names : list of str
+        Of variants.
+    count, repeats : int
+        How many batches, and how often each.
+    until : float
+        When to begin no further round, by `time.monotonic`; two rounds there are in any case.
+
+    Returns
+    -------
+    list of dict
+        One a variant.
+    """
+    made = batches(setting, count)
+    facts = check(names, setting, made[0])
+    steps: dict[str, Any] = {}
+    inputs: dict[str, list[Batch]] = {}
+    for name in names:
+        variant = VARIANTS[name]
+        if "error" in facts.setdefault(name, {}):
+            continue
+        try:
+            step = build(variant, setting)
+            inputs[name] = [variant.input(batch) for batch in made]
+            for batch in inputs[name]:  # compiles, and makes the optimiser's state
+                step(batch)
+            steps[name] = step
+        except Exception as failure:
+            facts[name]["error"] = _one_line(failure)
+    samples: dict[str, list[list[float]]] = {name: [[] for _ in made] for name in steps}
+    order, done = list(steps), 0
+    for done in range(1, repeats + 1):
+        for i in range(count):
+            order.append(order.pop(0))
+            for name in order:
+                samples[name][i].append(_timed(steps[name], inputs[name][i], setting.device))
+        if done >= 2 and time.monotonic() > until:
+            break
+    times = {name: _spread(series) for name, series in samples.items()}
+    tokens = statistics.fmean(int(batch["attention_mask"].sum()) for batch in made)
+    rows = []
+    for name in names:
+        variant = VARIANTS[name]
+        row = {**setting.named(), "variant": name, "group": variant.group, **facts[name]}
+        rows.append(row)
+        if name not in times:
+            continue
+        slots = statistics.fmean(batch["input_ids"].numel() for batch in inputs[name])
+        middle = times[name]["p50"]
+        row |= {
+            "ms": times[name],
+            "rounds": done,
+            "batches": count,
+            "tokens": tokens,
+            "padded_tokens": slots,
+            "speedup": {
+                other: short(times[other]["p50"] / middle)
+                for other in times
+                if VARIANTS[other].group in ("reference", "other")
+            },
+        }
+    del steps
+    torch._dynamo.reset()
+    _free(setting.device)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return what was measured in one setting."""
+    first = rows[0]
+    title = "{model}, {task}, batch {batch_size}, dropout {dropout}".format(**first)
+    names = [r["variant"] for r in rows if "ms" in r]
+    best = min(
+        (r for r in rows if "ms" in r and r["group"] == "reference"),
+        key=lambda r: r["ms"]["p50"],
+        default=None,
+    )
+    against = [n for n in ("fp32-128", "fp32", "autocast") if n in names]
+    if best is not None and best["variant"] not in against:
+        against.append(best["variant"])
+    result = Table("variant", "ms", "p20", "p80", "error", *against, title=title)
+    for column in result.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        error = row.get("relative_error")
+        cells = ["" if error is None else f"{error:.1e}"]
+        if "ms" not in row:
+            result.add_row(row["variant"], "", "", "", *cells, row["error"][:40])
+            continue
+        ms = [f"{row['ms'][p]:.4g}" for p in ("p50", "p20", "p80")]
+        ratios = [f"{row['speedup'][name]:.2f}" for name in against]
+        result.add_row(row["variant"], *ms, *cells, *ratios)
+    return result
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    words, cuda = numbers(str), torch.cuda.is_available()
+    parser.add_argument("--model", type=words, default=["minilm"], help=", ".join(MODELS))
+    parser.add_argument(
+        "--task", type=words, default=["MRPC"], help=f"{', '.join(TASKS)}, or a length in tokens"
+    )
+    parser.add_argument("--batch-size", type=numbers(int), default=[16])
+    parser.add_argument("--dropout", type=numbers(float), default=[0.0])
+    parser.add_argument("--variants", type=words, default=list(_DEFAULT), help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--compile", action="store_true", help="add compiled references, which takes minutes"
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="steps on each batch")
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice by default")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no round later")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.variants) - VARIANTS.keys():
+        parser.error(f"unknown variants: {', '.join(sorted(unknown))}")
+    if arguments.compile:
+        arguments.variants += [n for n in _COMPILED if n not in arguments.variants]
+    if QUICK:
+        arguments.model, arguments.batches, arguments.repeats = ["tiny"], 2, 2
+        arguments.batch_size = [4]
+    return arguments
+
+
+def main() -> None:
+    """Measure every setting, and write the results after each."""
+    if sys.argv[1:2] == ["lengths"]:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--data-dir", type=Path, required=True)
+        count_lengths(parser.parse_args(sys.argv[2:]).data_dir)
+        return
+    arguments = parse()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    start = time.monotonic()
+    results: dict[str, Any] = {
+        **provenance(command_line(), device, ("torch", "triton", "transformers", "peft")),
+        "threads": torch.get_num_threads(),
+        "backend": os.environ.get("BITFIT_FAST_BACKEND") or "auto",
+        "quick": QUICK,
+        "variants": {name: VARIANTS[name].says for name in arguments.variants},
+        "finished": False,
+        "seconds": 0.0,
+        "skipped": [],
+        "rows": [],
+    }
+    settings = [
+        Setting(*values, device)
+        for values in itertools.product(
+            arguments.model, arguments.task, arguments.batch_size, arguments.dropout
+        )
+    ]
+    console = Console(width=max(Console().width, 110))
+    for number, setting in enumerate(settings):
+        now = time.monotonic()
+        if now - start > arguments.seconds:
+            results["skipped"].append({**setting.named(), "why": "no time left"})
+        else:
+            # those that are left share the time that is left
+            share = (start + arguments.seconds - now) / (len(settings) - number)
+            rows = measure(
+                setting, arguments.variants, arguments.batches, arguments.repeats, now + share
+            )
+            results["rows"] += rows
+            console.print(table(rows))
+        results["finished"] = number + 1 == len(settings)
+        results["seconds"] = round(time.monotonic() - start, 1)
+        if arguments.output:
+            write_results(arguments.output, results)
+    # a method that cannot be installed here is no failure of ours
+    failed = [r for r in results["rows"] if "error" in r and r["group"] != "other"]
+    for row in failed:
+        console.print(f"{row['variant']}: {row['error']}", style="red")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

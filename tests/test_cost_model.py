@@ -1,0 +1,71 @@
+"""The counts of a training step do not grow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the launchers' configurations are theirs")
+
+ROOT = Path(__file__).parent.parent
+GUARDED = ("launches", "bytes", "flops", "saved_bytes_per_token_layer")
+WIDTH = 768
+
+
+def counts(*options):
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "benchmarks/cost_model.py", "--json", *options],
+        cwd=ROOT,
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def now():
+    return counts()
+
+
+@pytest.fixture(scope="module")
+def before():
+    path = ROOT / "benchmarks" / "results" / "cost-model.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("variant", ["fast", "low", "lower", "lowest"])
+def test_no_count_grows(now, before, variant):
+    grown = {
+        key: (before[variant][key], now[variant][key])
+        for key in GUARDED
+        if now[variant][key] > before[variant][key]
+    }
+    assert not grown, f"{variant}: {grown} (before, now)"
+
+
+def test_the_fast_step_does_less_than_the_reference(now):
+    for key in (*GUARDED, "predicted_ms"):
+        assert now["fast"][key] < now["reference"][key], key
+
+
+@pytest.mark.parametrize(
+    ("variant", "most"), [("fast", 18), ("low", 14), ("lower", 10), ("lowest", 4)]
+)
+def test_what_is_kept_is_what_the_modes_promise(now, variant, most):
+    # the LayerNorm of the embeddings keeps its normalised rows in fp32, once for all 12 layers
+    embeddings = 4 * (WIDTH + 1) / 12
+    kept = now[variant]["saved_bytes_per_token_layer"]
+    assert kept <= most * WIDTH + 8 + embeddings
+
+
+def test_products_are_those_of_the_layers(now):
+    # forward and gradient of the input: 12 layers of 12 d^2 weights, the embeddings' none
+    products = 2 * 2 * 1024 * 12 * 12 * WIDTH**2
+    assert products < now["reference"]["flops"] < 1.05 * products
