@@ -39,8 +39,8 @@ tests=()
 if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
     tests=(tests/kernels/test_dropout.py)
 else
-    for folder in tests/kernels tests/ops tests/modules tests/models; do
-        [ -d "$folder" ] && tests+=("$folder")
+    for tested in tests/kernels tests/ops tests/modules tests/models tests/encoder/test_kernels.py; do
+        [ -e "$tested" ] && tests+=("$tested")
     done
     tests+=(--ignore=tests/kernels/test_compile.py)
 fi

@@ -281,6 +281,7 @@ class _Run:
         self.needs = tuple(needs)
         self.lowest = self._lowest()
         self.kept: list[Tensor | None] = []
+        self.joined: Tensor | None = None
         self.dropouts = self._dropouts()
         self.seeds = None
         if any(self.dropouts):
@@ -329,7 +330,7 @@ class _Run:
     def take_kept(self) -> list[Tensor | None]:
         """Hand out what was kept, for autograd to look after."""
         kept, self.kept = [*self.kept, self.seeds], []
-        self.biases = ()
+        self.biases, self.joined = (), None
         return kept
 
     def restore(self, kept: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
@@ -431,16 +432,28 @@ class _Run:
         self.keep(*kept)
         return y, kept[0]
 
-    def _qkv_bias(self, number: int, roles: Sequence[int]) -> Tensor | None:
-        """Return the joined biases of some of q, k and v."""
-        at = number * len(ROLES)
-        parts = [self.biases[at + role] for role in roles]
+    def _qkv_bias(self, number: int, first: int, last: int) -> Tensor | None:
+        """Return some parts of the joined biases of q, k and v of a layer."""
+        if self.joined is None:
+            self.joined = self._joined_biases()
         width = self.stack.layers[number].out.weight.shape[1]
-        if all(part is None for part in parts):
-            return None
-        dtype, device = self.stack.dtype, self.packing.device
-        zero = torch.zeros(width, device=device)
-        return torch.cat([zero if part is None else part for part in parts]).to(dtype)
+        return (
+            None if not self.joined.numel() else self.joined[number, first * width : last * width]
+        )
+
+    def _joined_biases(self) -> Tensor:
+        """Return the biases of q, k and v of all layers, `[L, 3 d]`; empty where there are none."""
+        parts = [
+            self.biases[number * len(ROLES) + role]
+            for number in range(len(self.stack.layers))
+            for role in (_QUERY, _KEY, _VALUE)
+        ]
+        there = [part for part in parts if part is not None]
+        if not there:
+            return torch.empty(0)
+        zero = None if len(there) == len(parts) else torch.zeros_like(there[0])
+        joined = torch.cat([zero if part is None else part for part in parts])
+        return joined.to(self.stack.dtype).view(len(self.stack.layers), -1)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Return `[*, parts, H, D]` of `[*, parts d]`."""
@@ -451,11 +464,11 @@ class _Run:
         """Return q, k and v in one tensor, or q of first tokens, and k and v."""
         layer = self.stack.layers[number]
         if not first:
-            return (layer.qkv(x, self._qkv_bias(number, (_QUERY, _KEY, _VALUE))),)
+            return (layer.qkv(x, self._qkv_bias(number, 0, 3)),)
         width = layer.out.weight.shape[1]
-        kv = layer.qkv.part(width, 3 * width)(x, self._qkv_bias(number, (_KEY, _VALUE)))
+        kv = layer.qkv.part(width, 3 * width)(x, self._qkv_bias(number, 1, 3))
         rows = x.index_select(0, self.packing.first)
-        return layer.qkv.part(0, width)(rows, self._qkv_bias(number, (_QUERY,))), kv
+        return layer.qkv.part(0, width)(rows, self._qkv_bias(number, 0, 1)), kv
 
     def _apart(self, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v by head, `[*, H, D]`."""
@@ -654,12 +667,19 @@ class _Run:
     ) -> dict[int, Tensor]:
         """Return the gradients of the biases of q, k and v, as far as they are needed."""
         at, sums = number * len(ROLES), {}
-        if self.needs[at + _QUERY] or needs_all:
-            sums[_QUERY] = bias_gradient(dq.flatten(1))
-        if self.needs[at + _KEY] and dkv is not None:
-            sums[_KEY] = bias_gradient(dkv[:, 0].flatten(1))
-        if self.needs[at + _VALUE] or needs_all:
-            sums[_VALUE] = bias_gradient(do if dkv is None else dkv[:, 1].flatten(1))
+        query, key, value = (self.needs[at + role] for role in (_QUERY, _KEY, _VALUE))
+        query, value = query or needs_all, value or needs_all
+        if dkv is not None and len(dq) == len(dkv) and query and value:
+            # those of keys ride along: one pass instead of two
+            parts = bias_gradient(joined(dq)).chunk(3)
+            sums = dict(zip((_QUERY, _KEY, _VALUE), parts))
+        else:
+            if query:
+                sums[_QUERY] = bias_gradient(dq.flatten(1))
+            if key and dkv is not None:
+                sums[_KEY] = bias_gradient(dkv[:, 0].flatten(1))
+            if value:
+                sums[_VALUE] = bias_gradient(do if dkv is None else dkv[:, 1].flatten(1))
         for role, gradient in sums.items():
             self._note(at + role, gradient)
         return sums

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels._constants import ROUNDS, threshold
 from ._autograd import as_rows, once, operation, shaped
-from ._backend import uses_native
+from ._backend import uses_native, uses_triton
 
 __all__ = ["drawn", "dropout", "kept", "new_seed"]
 
@@ -87,6 +87,10 @@ def drawn(rows: int, columns: int, p: float, seed: Tensor) -> Tensor | None:
     "(Tensor x, float p, Tensor seed) -> Tensor",
 )
 def _dropout(x, p, seed):
+    if uses_triton(x):
+        from ..kernels import dropout as kernel
+
+        return kernel.dropout(x, p, seed)
     if uses_native(x):
         from ..kernels import native
 

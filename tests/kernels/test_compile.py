@@ -70,6 +70,7 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(
         "layer_norm_fwd_kernel",
         "layer_norm_bwd_kernel",
         "linear_bwd_kernel",
+        "dropout_kernel",
         "attention_fwd_kernel",
         "attention_bwd_kernel",
         "attention_bwd_kv_kernel",
@@ -85,7 +86,7 @@ def test_no_row_count_compiles_a_kernel_again():
         f"{name}_kernel"
         for name in (
             *("column_sum", "add_partial_rows", "activation_fwd", "activation_bwd"),
-            *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd"),
+            *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd", "dropout"),
             *("attention_fwd", "attention_bwd", "attention_bwd_kv"),
         )
     )
