@@ -37,7 +37,6 @@ from bitfit_fast.files import write_json
 from bitfit_fast.kernels._launch import column_config
 from bitfit_fast.kernels.attention import attention_config
 from bitfit_fast.kernels.layer_norm import layer_norm_config
-from bitfit_fast.ops.dropout import kept
 
 __all__ = ["COUNTED", "DEVICE", "Device", "count", "count_all"]
 
@@ -173,6 +172,7 @@ _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "activation_bwd": _activation_bwd,
     "activation_fwd": _layer_norm_fwd,
     "column_sum": _column_sum,
+    "dropout": _layer_norm_fwd,
     "layer_norm_bwd": _layer_norm_bwd,
     "layer_norm_fwd": _layer_norm_fwd,
     "linear_activation_bwd": _linear_activation_bwd,
@@ -230,20 +230,12 @@ class _Mode(TorchDispatchMode):
         if func.namespace not in ("aten", "bitfit_fast"):
             raise NotImplementedError(f"it is not known what {func} does on a GPU")
         if func.namespace == "bitfit_fast" and packet.__name__ not in _OURS:
-            return self._defined(packet.__name__, *args)
+            raise NotImplementedError(f"it is not known what {func} launches")
         heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
         out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
         if not (func.is_view or packet in _FREE):
             self.counted.note(packet.__name__, _work(func, args, kwargs, out))
         return out
-
-    def _defined(self, name: str, *args: Any) -> Any:
-        """Run an operation that has no kernel on a GPU: each step of its definition counts."""
-        if name != "dropout":
-            raise NotImplementedError(f"it is not known what bitfit_fast::{name} launches")
-        x, p, seed = args
-        with self:
-            return torch.where(kept(*x.shape, p, seed), x, 0) * (1 / (1 - p))
 
 
 def _uncomputed(func: Any, args: Any, kwargs: Any) -> Any:
