@@ -24,6 +24,8 @@ from transformers import (
 from bitfit_fast.kernels import native
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
+# tensors this small are done before a second thread has begun
+torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
