@@ -451,9 +451,10 @@ class _Run:
         there = [part for part in parts if part is not None]
         if not there:
             return torch.empty(0)
-        zero = None if len(there) == len(parts) else torch.zeros_like(there[0])
-        joined = torch.cat([zero if part is None else part for part in parts])
-        return joined.to(self.stack.dtype).view(len(self.stack.layers), -1)
+        if len(there) < len(parts):
+            zero = torch.zeros_like(there[0])
+            there = [zero if part is None else part for part in parts]
+        return torch.cat(there).to(self.stack.dtype).view(len(self.stack.layers), -1)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Return `[*, parts, H, D]` of `[*, parts d]`."""
