@@ -24,7 +24,7 @@ from ..packing import Packing
 from .product import Product
 from .stack import MEMORY, ROLES, Junction, Layer, Rate, Stack
 
-__all__ = ["PRECISIONS", "Encoder", "encoder_of", "install", "refusal", "uninstall"]
+__all__ = ["LENGTHS", "PRECISIONS", "Encoder", "encoder_of", "install", "refusal", "uninstall"]
 
 #: Dtypes of frozen weights and activations, by name.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +34,10 @@ _ENCODER = "_bitfit_fast_encoder"
 
 #: Where MPNet keeps what it adds to the scores of attention.
 _POSITION = "relative_attention_bias"
+
+#: Argument of a patched model: the tokens of each sequence, of a mask that is ones, then zeros.
+#: To read them off the mask would wait for a GPU.
+LENGTHS = "packed_lengths"
 
 #: Arguments of base models that say what is known anyway, or nothing.
 _HARMLESS = {
@@ -468,6 +472,7 @@ class _Base:
         forward = super().forward  # type: ignore[misc]
         main = self.main_input_name  # type: ignore[attr-defined]
         names = (main, "attention_mask")
+        lengths = kwargs.pop(LENGTHS, None)
         if len(args) > len(names):
             return forward(*args, **kwargs)
         given = {**dict(zip(names, args)), **kwargs}
@@ -483,11 +488,13 @@ class _Base:
                 return forward(*args, **kwargs)
         if mask is not None and mask.shape != x.shape:
             return forward(*args, **kwargs)
-        packing = (
-            Packing.uniform(x.shape[0], x.shape[1], x.device)
-            if mask is None
-            else Packing.of_mask(mask)
-        )
+        packing: Packing | None
+        if mask is None:
+            packing = Packing.uniform(x.shape[0], x.shape[1], x.device)
+        elif lengths is not None and len(lengths) == len(x) and max(lengths) <= x.shape[1]:
+            packing = Packing(tuple(lengths), x.shape[1], x.device)
+        else:
+            packing = Packing.of_mask(mask)
         if packing is None or (encoder.reads_padding and packing.tokens < x.numel()):
             return forward(*args, **kwargs)
         inputs.setdefault("position_ids", _positions(encoder, x))

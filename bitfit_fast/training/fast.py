@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..arena import Arena, ArenaAdamW
-from ..data.batches import Batch, Collate, pad
-from ..encoder import MEMORY, encoder_of, refusal
+from ..data.batches import Batch, Collate, Features, pad
+from ..encoder import LENGTHS, MEMORY, encoder_of, refusal
 from ..errors import BitFitError
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
@@ -171,8 +171,19 @@ class FastBackend:
         return partial(unpatch, model), str(done)
 
     def collate(self, tokenizer: Any, plan: Plan) -> Collate:
-        """Pad each batch to its longest example; the model takes the padding out."""
-        return pad(tokenizer)
+        """Pad each batch to its longest example; the model takes the padding out.
+
+        It is told the lengths, which are known here without asking the device.
+        """
+        padded = pad(tokenizer)
+        if tokenizer.padding_side != "right":
+            return padded
+
+        def collate(features: Features) -> Batch:
+            batch = padded(features)
+            return {**batch, LENGTHS: tuple(len(f["input_ids"]) for f in features)}
+
+        return collate
 
     def step(self, model: nn.Module, plan: Plan) -> FastStep:
         """Return the fast step."""

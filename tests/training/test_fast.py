@@ -84,3 +84,29 @@ def test_the_plan_says_precision_and_memory(model):
     assert "2 layers run as one operation in bf16, the last one for first tokens only" in said
     assert "memory mode lower" in said and "2 key biases have a gradient of zero" in said
     undo()
+
+
+def test_the_step_is_told_the_lengths_and_reads_no_mask(model, bert_folder, monkeypatch):
+    from bitfit_fast.data.batches import tokenize
+    from bitfit_fast.data.task import Split
+    from bitfit_fast.packing import Packing
+
+    texts = (("good plot",), ("the acting was very dull and poor",), ("fine",))
+    split = Split("train", texts, (0, 1, 0))
+    tokenizer = bitfit_fast.load_tokenizer(str(bert_folder))
+    features = tokenize(split, tokenizer, 16)
+    model.eval()
+    losses = []
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        backend = FastBackend()
+        undo, _ = backend.patch(model, bitfit_fast.Selection.of(model), PLAN)
+        batch = backend.collate(tokenizer, PLAN)(features)
+        with monkeypatch.context() as context:
+            if side == "right":
+                context.setattr(Packing, "of_mask", None)
+            losses.append(model(**batch).loss)
+        undo()
+    # padded on the left, other positions: another loss, by the model's own layers
+    assert not torch.equal(*losses)
+    assert "packed_lengths" not in batch
