@@ -88,16 +88,34 @@ class Packing:
         """Tokens of the longest sequence."""
         return max(self.lengths)
 
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the CPU on the device, without waiting for it."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        return torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return torch.cat((self._lengths.new_zeros(1), self._lengths.cumsum(0)))
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        starts = self._starts[:-1].repeat_interleave(self._lengths)
+        return torch.arange(self.tokens, device="cpu") - starts
+
     @cached_property
     def starts(self) -> Tensor:
         """`[B + 1]` int32: where each sequence begins, and where the last one ends."""
-        ends = torch.tensor(self.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return torch.cat((ends.new_zeros(1), ends)).to(self.device)
+        return self._sent(self._starts.int())
 
     @cached_property
     def first(self) -> Tensor:
         """`[B]` int64: each sequence's first row."""
-        return self.starts[:-1].long()
+        return self._sent(self._starts[:-1])
 
     @cached_property
     def each(self) -> Tensor:
@@ -108,18 +126,14 @@ class Packing:
     @cached_property
     def positions(self) -> Tensor:
         """`[T]` int64: the position of each token in its sequence."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        return torch.arange(self.tokens, device=self.device) - self.first.repeat_interleave(
-            lengths, output_size=self.tokens
-        )
+        return self._sent(self._positions)
 
     @cached_property
     def rows(self) -> Tensor:
         """`[T]` int64: the row of each token in the padded batch, `[B S]`."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        sequences = torch.arange(len(self.lengths), device=self.device)
-        sequence = sequences.repeat_interleave(lengths, output_size=self.tokens)
-        return sequence * self.padded + self.positions
+        sequences = torch.arange(len(self.lengths), device="cpu")
+        sequence = sequences.repeat_interleave(self._lengths)
+        return self._sent(sequence * self.padded + self._positions)
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the tokens `[T, ...]` of `[B, S, ...]`."""
@@ -148,7 +162,7 @@ class Packing:
 
     def _group(self, members: Sequence[int]) -> Group:
         order = torch.tensor(members, dtype=torch.int32, device=self.device)
-        lengths = torch.tensor([self.lengths[i] for i in members], dtype=torch.int32)
+        lengths = torch.tensor([self.lengths[i] for i in members], dtype=torch.int32, device="cpu")
         longest = -(-int(lengths[0]) // _MULTIPLE) * _MULTIPLE
         starts = self.starts[:-1][order.long()].contiguous()
         return Group(starts, lengths.to(self.device), order, torch.ones_like(order), longest)

@@ -8,6 +8,7 @@ masks drawn in another order are no error.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -82,13 +83,15 @@ class Parity:
     @property
     def failures(self) -> list[str]:
         """What is not as it should be, in words; empty for parity."""
-        whole, found = self.whole, []
-        if whole.fp32 > max(_FP32, _FACTOR * whole.fp32_pytorch):
+        whole, found = self.whole, []  # comparisons are so that nan is a failure
+        if not all(math.isfinite(loss) for losses in self.losses.values() for loss in losses):
+            return ["a loss is not finite"]
+        if not whole.fp32 <= max(_FP32, _FACTOR * whole.fp32_pytorch):
             found.append(
                 f"the gradient in fp32 is off by {whole.fp32:.1e}, "
                 f"where PyTorch's is by {whole.fp32_pytorch:.1e}"
             )
-        if whole.bf16 > _FACTOR * whole.bf16_pytorch:
+        if not whole.bf16 <= _FACTOR * whole.bf16_pytorch:
             found.append(
                 f"the gradient in bf16 is off by {whole.bf16:.1e}, "
                 f"where autocast's is by {whole.bf16_pytorch:.1e}"
@@ -99,7 +102,7 @@ class Parity:
         for precision, allowed in _LOSS.items():
             if precision == "bf16":
                 allowed = max(allowed, _FACTOR * rounding)
-            if self.difference(precision) > allowed:
+            if not self.difference(precision) <= allowed:
                 found.append(
                     f"losses in {precision} differ by up to {self.difference(precision):.1e}"
                 )
@@ -237,13 +240,14 @@ def compare(
     if data.train is None or data.train.labels is None:
         raise BitFitError(f"the task {data.name} has no training split with labels")
     check_outputs(model, data)
+    model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
     check_length(settings.max_length, model, tokenizer)
     ensure_padding(model, tokenizer)
     device = choose_device(settings.device)
     plan = Plan.of(replace(settings, max_steps=max(steps, 500)), selection.method, 1, device)
     if (refusal := BACKENDS["fast"].refusal(model, selection, plan)) is not None:
         raise BitFitError(f"backend 'fast' cannot train this model: {refusal}")
-    model = copy.deepcopy(model).to(device).eval()
+    model.to(device).eval()
     align_weights(model)
     if data.labels is None:
         model.config.problem_type = "regression"  # type: ignore[union-attr]

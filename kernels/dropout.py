@@ -18,7 +18,7 @@ from ._launch import cdiv, device_guard, next_power_of_2
 __all__ = ["dropout"]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _dropout_kernel(
     x_ptr,
     y_ptr,

@@ -335,7 +335,7 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 def kept(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
     """Return which elements dropout keeps, `[M, N]` bool."""
-    mask = torch.empty(rows, columns, dtype=torch.bool)
+    mask = torch.empty(rows, columns, dtype=torch.bool, device="cpu")
     _call("kept", mask.data_ptr(), rows, columns, threshold(p), int(seed), ROUNDS)
     return mask
 

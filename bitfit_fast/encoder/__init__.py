@@ -1,6 +1,15 @@
 """Whole encoders as one operation: attention, stack, and how a model comes to run it."""
 
-from .install import LENGTHS, PRECISIONS, Encoder, encoder_of, install, refusal, uninstall
+from .install import (
+    LENGTHS,
+    PRECISIONS,
+    Encoder,
+    encoder_of,
+    for_model,
+    install,
+    refusal,
+    uninstall,
+)
 from .stack import MEMORY
 
 __all__ = [
@@ -9,6 +18,7 @@ __all__ = [
     "PRECISIONS",
     "Encoder",
     "encoder_of",
+    "for_model",
     "install",
     "refusal",
     "uninstall",

@@ -20,6 +20,14 @@ from ..packing import Packing
 __all__ = ["attention_bwd", "attention_fwd", "joined"]
 
 
+def _has_kernel(q: Tensor) -> bool:
+    if not uses_triton(q):
+        return False
+    from ..kernels.attention import MAX_HEAD_SIZE
+
+    return q.shape[-1] <= MAX_HEAD_SIZE
+
+
 def _starts(q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:
     """Return where the queries and keys of each sequence begin, and the most of each."""
     if _is_whole(q, k):
@@ -64,7 +72,7 @@ def attention_fwd(
     Tensor
         Of the shape of `q`, contiguous.
     """
-    if uses_triton(q):
+    if _has_kernel(q):
         from ..kernels import attention as kernel
 
         return kernel.attention_fwd(q, k, v, *_starts(q, k, packing), p, seed, bias)
@@ -103,7 +111,7 @@ def attention_bwd(
         `[T, H, D]` and `[T, 2, H, D]`, views of one `[T, 3, H, D]` where each key has a query;
         dkv is None unless wanted.
     """
-    if uses_triton(q):
+    if _has_kernel(q):
         from ..kernels import attention as kernel
 
         starts = _starts(q, k, packing)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ..errors import BitFitError, listed
@@ -24,7 +27,16 @@ from ..packing import Packing
 from .product import Product
 from .stack import MEMORY, ROLES, Junction, Layer, Rate, Stack
 
-__all__ = ["LENGTHS", "PRECISIONS", "Encoder", "encoder_of", "install", "refusal", "uninstall"]
+__all__ = [
+    "LENGTHS",
+    "PRECISIONS",
+    "Encoder",
+    "encoder_of",
+    "for_model",
+    "install",
+    "refusal",
+    "uninstall",
+]
 
 #: Dtypes of frozen weights and activations, by name.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -172,7 +184,9 @@ class Encoder:
         bias = None
         if hasattr(module, _POSITION):
             dummy = hidden.new_empty(1, packing.longest, 1)
-            bias = module.compute_position_bias(dummy)[0].float().contiguous()
+            bias = module.compute_position_bias(dummy)[0].float()
+            # rows that vectors may read to their end
+            bias = F.pad(bias, (0, -packing.longest % 16))
             if bias.requires_grad:
                 raise BitFitError(
                     f"the weight of {_POSITION} trains now, and the patched encoder "
@@ -335,7 +349,8 @@ def install(
     # ELECTRA's heads may be told to read something else
     reads = getattr(config, "summary_type", "first")
     chooses = type(model).__name__.endswith("ForMultipleChoice")
-    reads_first = type(model).__name__.endswith(row.first) and not (chooses and reads != "first")
+    known = type(model).__name__.endswith(row.first) and _is_known_head(model)
+    reads_first = known and not (chooses and reads != "first")
     encoder = Encoder(
         Stack(
             built,
@@ -366,6 +381,30 @@ def install(
             if type(module) is drop_in._replaces and not _hooked(module):
                 module.__class__ = drop_in
     return encoder
+
+
+def _is_known_head(model: nn.Module) -> bool:
+    """Return whether a model's head is made by transformers, of its own parts and PyTorch's.
+
+    Others may read what they like, whatever their name.
+    """
+    parts = [type(part) for name, part in model.named_children() if part is not _base(model)]
+    return type(model).__module__.startswith("transformers.models.") and all(
+        part.__module__.startswith(("transformers.", "torch.")) for part in parts
+    )
+
+
+@functools.cache
+def _takes_more(forward: Any) -> bool:
+    kinds = (parameter.kind for parameter in inspect.signature(forward).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def for_model(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch without its lengths, if the model's forward method would refuse them."""
+    if LENGTHS not in batch or _takes_more(type(model).forward):
+        return batch
+    return {key: value for key, value in batch.items() if key != LENGTHS}
 
 
 def uninstall(model: nn.Module) -> None:
@@ -469,6 +508,11 @@ class _Base:
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         encoder: Encoder = vars(self)[_ENCODER]
+        if getattr(self, "_is_replica", False):
+            raise BitFitError(
+                "nn.DataParallel cannot run a patched encoder, whose weights are on one device; "
+                "use DistributedDataParallel, or unpatch the model"
+            )
         forward = super().forward  # type: ignore[misc]
         main = self.main_input_name  # type: ignore[attr-defined]
         names = (main, "attention_mask")
@@ -491,7 +535,7 @@ class _Base:
         packing: Packing | None
         if mask is None:
             packing = Packing.uniform(x.shape[0], x.shape[1], x.device)
-        elif lengths is not None and len(lengths) == len(x) and max(lengths) <= x.shape[1]:
+        elif _fit(lengths, x):
             packing = Packing(tuple(lengths), x.shape[1], x.device)
         else:
             packing = Packing.of_mask(mask)
@@ -503,6 +547,12 @@ class _Base:
                 inputs[key] = packing.pack(inputs[key].expand_as(x))[None]
         with encoder.running(packing):
             return forward(**{main: packing.pack(x)[None], **inputs})
+
+
+def _fit(lengths: Sequence[int] | None, ids: Tensor) -> bool:
+    if lengths is None or len(lengths) != len(ids):
+        return False
+    return min(lengths) >= 1 and max(lengths) <= ids.shape[1]
 
 
 def _understood(base: nn.Module, inputs: dict[str, Any]) -> bool:

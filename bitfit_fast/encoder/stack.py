@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._autograd import once
+from ..errors import BitFitError
+from ..ops._autograd import once, shaped
 from ..ops._backend import uses_native, uses_triton
 from ..ops.activation import activation_fwd
 from ..ops.column_sum import bias_gradient, column_sum
@@ -81,7 +82,10 @@ class Rate:
 
     def __call__(self) -> float:
         """Return it, 0 in evaluation mode."""
-        return float(getattr(self.module, self.attribute)) if self.module.training else 0.0
+        p = float(getattr(self.module, self.attribute)) if self.module.training else 0.0
+        if not 0 <= p < 1:
+            raise BitFitError(f"the probability of dropout is {p}; it must be from 0 to below 1")
+        return p
 
 
 @dataclass
@@ -236,7 +240,7 @@ class _Encoder(torch.autograd.Function):
         if keeps:
             ctx.run, ctx.dtype = run, x.dtype
             ctx.save_for_backward(*run.take_kept(), *biases)
-        return out.to(x.dtype) if out.dtype != x.dtype else out.view_as(out)
+        return out.to(x.dtype) if out.dtype != x.dtype else shaped(out, out.shape)
 
     @staticmethod
     @once
@@ -287,7 +291,9 @@ class _Run:
         if any(self.dropouts):
             count = len(self.dropouts)
             device = self.packing.device
-            self.seeds = new_seed(device) + _SEEDS_APART * torch.arange(count, device=device)
+            # each twice, so that all begin at 16 bytes: kernels compile for what is so, or not
+            number = torch.arange(2 * count, device=device) // 2
+            self.seeds = new_seed(device) + _SEEDS_APART * number
 
     def _dropouts(self) -> list[float]:
         """Return the probability of each dropout: attention's and both junctions' a layer."""
@@ -320,7 +326,7 @@ class _Run:
     def _drop(self, number: int) -> tuple[float, Tensor | None]:
         """Return probability and seed of a dropout: three a layer, as in `_dropouts`."""
         p = self.dropouts[number]
-        return p, None if not p or self.seeds is None else self.seeds[number : number + 1]
+        return p, None if not p or self.seeds is None else self.seeds[2 * number : 2 * number + 1]
 
     def keep(self, *tensors: Tensor | None) -> None:
         """Keep tensors for the backward pass, which takes them in the opposite order."""
@@ -350,24 +356,27 @@ class _Run:
             self.gradients[index] = gradient
 
     def finish(self) -> list[Tensor | None]:
-        """Return the gradients of the embeddings' bias and of each bias."""
+        """Return the gradients of the embeddings' bias and of each bias, and let go of all else."""
         for index, (bias, needed) in enumerate(zip(self.biases, self.needs)):
-            if needed and self.gradients[index] is None:
-                # that of keys is zero; any other would be a hole in the backward pass
-                assert bias is not None and index % len(ROLES) == _KEY, f"no gradient of {index}"
-                self.gradients[index] = torch.zeros_like(bias)
-        if self.sinks is None:
-            return [self.embedding_gradient, *self.gradients]
+            if not needed or self.gradients[index] is not None:
+                continue
+            if bias is None or index % len(ROLES) != _KEY:  # that of keys is zero
+                raise RuntimeError(f"the backward pass came by no gradient of bias {index}")
+            self.gradients[index] = torch.zeros_like(bias)
+        gradients, self.gradients = self.gradients, []
+        # what was kept for layers that the backward pass did not reach
+        self.kept, self.biases, self.joined = [], (), None
         into, added = [], []
-        for index, sink in enumerate(self.sinks):
-            gradient = self.gradients[index]
+        for index, sink in enumerate(self.sinks or ()):
+            gradient = gradients[index]
             if sink is not None and gradient is not None:
                 into.append(sink)
                 added.append(gradient)
-                self.gradients[index] = None
+                gradients[index] = None
         if into:
             torch._foreach_add_(into, added)
-        return [self.embedding_gradient, *self.gradients]
+        embedding_gradient, self.embedding_gradient = self.embedding_gradient, None
+        return [embedding_gradient, *gradients]
 
     # ------------------------------------------------------------------ forward
 

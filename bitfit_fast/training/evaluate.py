@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Collate, Features, evaluation_batches, move
+from ..encoder import for_model
 
 __all__ = ["evaluate", "predict"]
 
@@ -50,7 +51,7 @@ def predict(
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
             for indices, batch in evaluation_batches(features, collate, batch_size):
-                output = model(**move(batch, device))
+                output = model(**for_model(model, move(batch, device)))
                 for i, row in zip(indices, output.logits.float().cpu()):
                     logits[i] = row
                 if labelled:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..arena import Arena, ArenaAdamW
 from ..data.batches import Batch, Collate, Features, pad
-from ..encoder import LENGTHS, MEMORY, encoder_of, refusal
+from ..encoder import LENGTHS, MEMORY, encoder_of, for_model, refusal
 from ..errors import BitFitError
+from ..kernels import native
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
@@ -22,15 +23,19 @@ from .settings import Plan
 __all__ = ["FastBackend", "FastStep"]
 
 
-def _free_memory(device: torch.device) -> int:
+def _free_memory(device: torch.device) -> int | None:
+    """Return how much memory a step may take, in bytes; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     # PyTorch has a class of its own for GPUs, and only words for CPUs
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _first_tensor(batch: Batch) -> str:
@@ -78,7 +83,7 @@ class FastStep:
         self.arena.zero_gradients()
         idle = self._without_gradient() if not self.steps else []
         try:
-            loss = self.model(**batch).loss
+            loss = self.model(**for_model(self.model, batch)).loss
             loss.backward()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -98,8 +103,8 @@ class FastStep:
         """Say which batches would have fitted, by what the layers keep of a token."""
         examples, length = batch[_first_tensor(batch)].shape[:2]
         said = f"out of memory with {examples} examples of up to {length} tokens"
-        if self.encoder is None:
-            return f"{said}; a smaller batch needs less"
+        if self.encoder is None or self.room is None or "pixel_values" in batch:
+            return f"{said}; a smaller batch or another memory mode needs less"
         stack = self.encoder.stack
         width, inner = stack.layers[0].down.weight.shape
         # besides, the widest tensors of one layer and the embeddings in fp32
@@ -111,7 +116,8 @@ class FastStep:
         # as many as did not fit are too many, whatever the estimate
         least = fits[stack.memory] = min(fits[stack.memory], examples - 1)
         less = [mode for mode, count in fits.items() if mode != stack.memory and count > least]
-        said += f" in memory mode '{stack.memory}'; by estimate batches of {max(1, least)} fit"
+        said += f" in memory mode '{stack.memory}'; by estimate "
+        said += f"batches of {least} fit" if least > 0 else "no batch fits"
         if less:
             mode = next((m for m in less if fits[m] >= examples), less[-1])
             said += f", or of {max(1, fits[mode])} in mode '{mode}'"
@@ -168,7 +174,10 @@ class FastBackend:
     ) -> tuple[Callable[[], None], str]:
         """Let the encoder run as one operation."""
         done = patch_encoder(model, selection, precision=plan.precision, memory=plan.memory)
-        return partial(unpatch, model), str(done)
+        said = str(done)
+        if plan.device.type == "cpu" and (reason := native.unavailable()):
+            said += f"\nwithout the kernels for CPUs, which makes it slow: {reason}"
+        return partial(unpatch, model), said
 
     def collate(self, tokenizer: Any, plan: Plan) -> Collate:
         """Pad each batch to its longest example; the model takes the padding out.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -159,6 +160,11 @@ class _Run:
             raise BitFitError("nothing trains: no parameter of the model has requires_grad")
         if data.train is None or data.train.labels is None:
             raise BitFitError(f"the task {data.name} has no training split with labels")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise BitFitError(
+                f"train runs in one process, and there are {dist.get_world_size()}; "
+                "BitFitTrainer trains in several"
+            )
         check_outputs(model, data)
         check_length(settings.max_length, model, tokenizer)
         ensure_padding(model, tokenizer)

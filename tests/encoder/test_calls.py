@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 import bitfit_fast
 from bitfit_fast import patch_encoder, select, unpatch
+from bitfit_fast.encoder import stack
 
 TOKEN = "ForTokenClassification"
 
@@ -385,3 +387,44 @@ def test_weights_in_bf16_are_not_copied(build, batch, measure):
         for product in (layer.qkv, layer.out, layer.up, layer.down):
             assert product.weight.untyped_storage().data_ptr() in own
     assert len(measure(model, batch(model))) > 10
+
+
+def test_a_head_of_ones_own_sees_every_token(build, batch):
+    class MeanForSequenceClassification(transformers.BertForSequenceClassification):
+        def forward(self, input_ids, attention_mask, labels=None):
+            hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+            share = attention_mask / attention_mask.sum(1, keepdim=True)
+            return self.classifier((hidden * share[..., None]).sum(1))
+
+    model = build()
+    model.__class__ = MeanForSequenceClassification
+    inputs = batch(model)
+    expected = model(**inputs)
+    bitfit_fast.select(model)
+    done = bitfit_fast.patch_encoder(model, precision="fp32")
+    assert not done.first_only
+    torch.testing.assert_close(model(**inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_that_cannot_be_are_not_believed(patched, batch):
+    model = patched()
+    inputs = batch(model)
+    right = model(**inputs).logits
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    assert torch.equal(model(**inputs, packed_lengths=tuple(lengths)).logits, right)
+    for wrong in (lengths[1:], [0, *lengths[1:]], [99, *lengths[1:]]):
+        assert torch.equal(model(**inputs, packed_lengths=tuple(wrong)).logits, right)
+
+
+def test_what_is_kept_goes_with_the_backward_pass(patched, batch, monkeypatch):
+    runs, begin = [], stack._Run.begin
+
+    def begun(self, *arguments):
+        runs.append(self)
+        begin(self, *arguments)
+
+    monkeypatch.setattr(stack._Run, "begin", begun)
+    model = patched(terms="output-layernorm")
+    loss = model(**batch(model)).loss
+    loss.backward()
+    assert runs[0].kept == [] and runs[0].gradients == []
