@@ -149,6 +149,10 @@ class BitFitTrainer(Trainer):
         if any(p.device != device for p in self.model.parameters()):
             self.model.to(device)
         options = self._arena_options()
+        if options is not None and self._in_parallel():
+            # before copies of weights in other dtypes are made
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                dist.broadcast(tensor.data, 0)
         self._make_fast(self._ends, wraps=options is None and self._in_parallel())
         if options is None:
             return super().create_optimizer(model)
@@ -283,8 +287,6 @@ class BitFitTrainer(Trainer):
     def _do_without_wrapper(self, ends: contextlib.ExitStack) -> None:
         """Let accelerate leave out `DistributedDataParallel`, whose work is done here."""
         model, accelerator = self.model, self.accelerator
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.data, 0)  # by .data: to a patched encoder no weight changed
         prepare = accelerator.prepare_model
 
         def prepare_model(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
@@ -339,6 +341,8 @@ class BitFitTrainer(Trainer):
 
     def _evaluates_fast(self) -> bool:
         casts = self.args.bf16_full_eval or self.args.fp16_full_eval
+        # a CPU with its number, as under torchrun, is one to which weights are copied again
+        casts = casts or self.args.device != torch.empty(0, device=self.args.device).device
         return not casts and self._manager() is None and self._refusal() is None
 
     # ------------------------------------------------------------------ files
