@@ -479,3 +479,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(bert_folder, tmp_pa
 
 def lines_whole(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_several_processes_are_told_who_trains_in_them(bert_folder, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    with pytest.raises(BitFitError, match=r"one process, and there are 2; BitFitTrainer trains"):
+        bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS)
