@@ -445,3 +445,14 @@ def test_the_module_runs_as_a_program_and_fails_with_2():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown task 'nonsense'")
+
+
+def test_parity_says_so_and_writes_the_numbers(run, files, bert_folder, tmp_path):
+    code, out, _ = run(
+        "parity", "--model", bert_folder, "--train-file", files / "train.csv",
+        "--steps", "2", "--batch-size", "4", "--max-length", "16", "--by-layer",
+        "--output", tmp_path / "parity.json",
+    )  # fmt: skip
+    assert code == 0 and "parity: gradients in fp32 within" in out
+    found = json.loads((tmp_path / "parity.json").read_text())
+    assert found["failures"] == [] and len(found["losses"]["fast bf16"]) == 2
