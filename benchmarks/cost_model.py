@@ -28,7 +28,7 @@ from saved import Saved
 from steps import VARIANTS, Setting, backend, batches, build
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -37,6 +37,7 @@ from bitfit_fast.files import write_json
 from bitfit_fast.kernels._launch import column_config
 from bitfit_fast.kernels.attention import attention_config
 from bitfit_fast.kernels.layer_norm import layer_norm_config
+from bitfit_fast.packing import Packing
 
 __all__ = ["COUNTED", "DEVICE", "Device", "count", "count_all"]
 
@@ -371,6 +372,18 @@ def _like(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- the counts
 
 
+_of_mask = Packing.of_mask
+
+
+def _packing(mask: Tensor) -> Packing | None:
+    """Read a mask, and make the indices: the host does that, and launches nothing."""
+    with _disable_current_modes():
+        packing = _of_mask(mask)
+        if packing is not None:
+            _ = packing.starts, packing.first, packing.rows, packing.positions, packing.each
+        return packing
+
+
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop out in one launch, as on a GPU."""
     return torch.native_dropout(x, p, True)[0] if training and p else x
@@ -392,6 +405,7 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
         mock.patch.object(stack, "attention_bwd", bwd),
         mock.patch.object(F, "scaled_dot_product_attention", _flash(mode)),
         mock.patch.object(F, "dropout", _dropout),
+        mock.patch.object(Packing, "of_mask", _packing),
         mock.patch.object(nn.utils, "clip_grad_norm_", _clip),
         mode,
     ):
