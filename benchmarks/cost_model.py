@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from provenance import command_line, provenance
 from rich.console import Console
 from rich.table import Table
 from saved import Saved
@@ -229,9 +230,9 @@ class _Mode(TorchDispatchMode):
         if func.namespace in ("prim", "profiler"):
             return func(*args, **kwargs)
         if func.namespace not in ("aten", "bitfit_fast"):
-            raise NotImplementedError(f"it is not known what {func} does on a GPU")
+            raise RuntimeError(f"it is not known what {func} does on a GPU")
         if func.namespace == "bitfit_fast" and packet.__name__ not in _OURS:
-            raise NotImplementedError(f"it is not known what {func} launches")
+            raise RuntimeError(f"it is not known what {func} launches")
         heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
         out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
         if not (func.is_view or packet in _FREE):
@@ -380,7 +381,7 @@ def _packing(mask: Tensor) -> Packing | None:
     with _disable_current_modes():
         packing = _of_mask(mask)
         if packing is not None:
-            _ = packing.starts, packing.first, packing.rows, packing.positions, packing.each
+            _ = packing.starts, packing.first, packing.rows, packing.each
         return packing
 
 
@@ -490,7 +491,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", type=Path, help="file for the JSON, besides")
+    parser.add_argument("--output", type=Path, help="file for the counts, and where they come from")
     parser.add_argument("--operations", choices=COUNTED, help="print each operation of one")
     a = parser.parse_args()
     setting = Setting(a.model, a.task, a.batch_size, a.dropout, torch.device("cpu"))
@@ -502,7 +503,8 @@ def main() -> None:
         return
     counts = count_all(setting)
     if a.output:
-        write_json(a.output, counts)
+        head = provenance(command_line(), torch.device("cpu"))
+        write_json(a.output, {**head, "counts": counts})
     if a.json:
         print(json.dumps(counts, indent=2))
         return

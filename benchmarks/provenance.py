@@ -40,9 +40,13 @@ def _version(package: str) -> str | None:
 
 
 def command_line() -> str:
-    """Return the command that runs this script, as from the checkout's root."""
-    script = Path(sys.argv[0])
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    """Return the command that runs this script, as from the checkout's root.
+
+    The folder of the data sets goes by the name of its variable.
+    """
+    script, data = Path(sys.argv[0]), os.environ.get("BITFIT_FAST_DATA")
+    arguments = ["$BITFIT_FAST_DATA" if data and a == data else a for a in sys.argv[1:]]
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *arguments])
 
 
 def provenance(

@@ -103,11 +103,6 @@ class Packing:
         return torch.cat((self._lengths.new_zeros(1), self._lengths.cumsum(0)))
 
     @cached_property
-    def _positions(self) -> Tensor:
-        starts = self._starts[:-1].repeat_interleave(self._lengths)
-        return torch.arange(self.tokens, device="cpu") - starts
-
-    @cached_property
     def starts(self) -> Tensor:
         """`[B + 1]` int32: where each sequence begins, and where the last one ends."""
         return self._sent(self._starts.int())
@@ -124,16 +119,12 @@ class Packing:
         return torch.arange(count, dtype=torch.int32, device=self.device)
 
     @cached_property
-    def positions(self) -> Tensor:
-        """`[T]` int64: the position of each token in its sequence."""
-        return self._sent(self._positions)
-
-    @cached_property
     def rows(self) -> Tensor:
         """`[T]` int64: the row of each token in the padded batch, `[B S]`."""
-        sequences = torch.arange(len(self.lengths), device="cpu")
-        sequence = sequences.repeat_interleave(self._lengths)
-        return self._sent(sequence * self.padded + self._positions)
+        # where each sequence begins in the padded batch, before where it does in the packed one
+        ahead = self.padded * torch.arange(len(self.lengths), device="cpu") - self._starts[:-1]
+        rows = torch.arange(self.tokens, device="cpu") + ahead.repeat_interleave(self._lengths)
+        return self._sent(rows)
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the tokens `[T, ...]` of `[B, S, ...]`."""

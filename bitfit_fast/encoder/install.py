@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ..arena import Arena
 from ..errors import BitFitError, listed
-from ..models.families import Family, StackRow, family_of, head_prefix
+from ..models.families import FAMILIES, Family, StackRow, family_of, head_prefix
 from ..modules import Dropout, LayerNorm, activation_name, original
 from ..packing import Packing
 from .product import Product
@@ -43,9 +44,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: Attribute of a base model, and of the module that runs its layers.
 _ENCODER = "_bitfit_fast_encoder"
-
-#: Where MPNet keeps what it adds to the scores of attention.
-_POSITION = "relative_attention_bias"
 
 #: Argument of a patched model: the tokens of each sequence, of a mask that is ones, then zeros.
 #: To read them off the mask would wait for a GPU.
@@ -121,6 +119,16 @@ class Encoder:
         made.__post_init__()
         return made
 
+    def write_to(self, arena: Arena | None) -> None:
+        """Add gradients where an arena has them, from now on; None hands them to autograd."""
+        if arena is None:
+            self.sinks = None
+            return
+        self.sinks = [
+            None if name not in arena.slices else arena.view(name, arena.gradients)
+            for name in self.names
+        ]
+
     @property
     def biases(self) -> list[Tensor | None]:
         """The biases, or what stands in for them in a functional call."""
@@ -182,14 +190,14 @@ class Encoder:
         packing = self.packing
         assert packing is not None
         bias = None
-        if hasattr(module, _POSITION):
+        if self.row.score_bias is not None:
             dummy = hidden.new_empty(1, packing.longest, 1)
             bias = module.compute_position_bias(dummy)[0].float()
             # rows that vectors may read to their end
             bias = F.pad(bias, (0, -packing.longest % 16))
             if bias.requires_grad:
                 raise BitFitError(
-                    f"the weight of {_POSITION} trains now, and the patched encoder "
+                    f"the weight of {self.row.score_bias} trains now, and the patched encoder "
                     "computes no gradient of weights; unpatch the model first"
                 )
         y = self.stack(hidden.flatten(0, 1), self.biases, packing, bias, self.beta, self.sinks)
@@ -244,7 +252,7 @@ def refusal(model: nn.Module) -> str | None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = family_of(model)
     if family.stack is None:
-        known = "BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, MPNet, DistilBERT, ViT and DeiT"
+        known = listed([name for name, row in FAMILIES.items() if row.stack is not None], 20)
         return f"it is of type '{kind}', and the table has whole encoders for {known}"
     config: Any = model.config
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -254,9 +262,10 @@ def refusal(model: nn.Module) -> str | None:
     layers = _layers(family, _base(model))
     if not layers:
         return "it has no layers"
-    position = getattr(_base(model).get_submodule(family.stack.container), _POSITION, None)
-    if position is not None and position.weight.requires_grad:
-        return f"the weight of {family.stack.container}.{_POSITION} trains"
+    if family.stack.score_bias is not None:
+        path = f"{family.stack.container}.{family.stack.score_bias}"
+        if _base(model).get_submodule(path).weight.requires_grad:
+            return f"the weight of {path} trains"
     for name, layer in layers:
         for role, module in _linears(family, layer).items():
             expected = nn.LayerNorm if "layernorm" in role else nn.Linear
@@ -346,11 +355,11 @@ def install(
         norm = _linears(family, layers[0][1])["attention-layernorm"]
         index = ROLES.index("attention-layernorm")
         entry = Junction(None, index, norm.weight.detach().float(), norm.eps, None)
-    # ELECTRA's heads may be told to read something else
+    head = type(model).__name__
+    # ELECTRA's may be told to read something else
     reads = getattr(config, "summary_type", "first")
-    chooses = type(model).__name__.endswith("ForMultipleChoice")
-    known = type(model).__name__.endswith(row.first) and _is_known_head(model)
-    reads_first = known and not (chooses and reads != "first")
+    elsewhere = head.endswith("ForMultipleChoice") and reads != "first"
+    reads_first = head.endswith(row.first) and _is_known_head(model) and not elsewhere
     encoder = Encoder(
         Stack(
             built,
@@ -368,9 +377,7 @@ def install(
         row,
         base.embeddings,  # type: ignore[arg-type]
         projects=hasattr(base, "embeddings_project"),
-        # the scores of a question's answers are compared with those at padding
-        reads_padding=type(model).__name__.endswith("ForQuestionAnswering")
-        or (chooses and reads != "first"),
+        reads_padding=head.endswith(row.padding) or elsewhere,
     )
     container = base.get_submodule(row.container)
     for module, mixin in ((base, _Base), (container, _container(container))):
@@ -388,7 +395,7 @@ def _is_known_head(model: nn.Module) -> bool:
 
     Others may read what they like, whatever their name.
     """
-    parts = [type(part) for name, part in model.named_children() if part is not _base(model)]
+    parts = [type(part) for part in model.children() if part is not _base(model)]
     return type(model).__module__.startswith("transformers.models.") and all(
         part.__module__.startswith(("transformers.", "torch.")) for part in parts
     )

@@ -255,10 +255,6 @@ class _Encoder(torch.autograd.Function):
         return (None, None, dx, *gradients)
 
 
-#: What a junction keeps: normalised rows and the inverse deviation; or the rows, mean, inverse.
-_Kept = tuple[Tensor, "Tensor | None", Tensor]
-
-
 @dataclass
 class _Run:
     """One forward pass and its backward pass."""
@@ -598,25 +594,23 @@ class _Run:
         b, ends = self.biases[index], _place(number, _INNER) <= self.lowest
         if not self._recomputes:
             (kept,) = self._taken(1)
-            du, db = _activate_bwd(layer.down, dz, kept, b, layer.act)
+            du, db = _activate_bwd(layer.down, dz, kept, b, layer.act, True)
             self._note(index, db)
             return None if ends else layer.up.backward(du, self._onto(residual))
         y = self._normalised(layer.middle)
         dy = torch.zeros_like(y) if self.stack.pre_norm else residual
         total = y.new_zeros(layer.up.weight.shape[0], dtype=torch.float32)
         for rows in _chunks(y):
-            du, db = linear_activation_bwd(
-                dz[rows], layer.down.weight, layer.up(y[rows]), b, layer.act
-            )
+            du, db = _activate_bwd(layer.down, dz[rows], layer.up(y[rows]), b, layer.act, False)
             total += db
             if not ends:
                 layer.up.backward(du, dy[rows])
         self._note(index, total)
         return None if ends else dy
 
-    def _normalised(self, junction: Junction | None) -> Tensor:
+    def _normalised(self, junction: Junction) -> Tensor:
         """Compute a junction's output again from what lies on top of what was kept."""
-        assert junction is not None and junction.gamma is not None
+        assert junction.gamma is not None
         kept, mean, rstd = self.kept[-3:]
         beta = self._bias(junction.beta)
         assert kept is not None and rstd is not None
@@ -699,10 +693,8 @@ class _Run:
         width = layer.out.weight.shape[1]
         weight = layer.qkv.weight
         total = bias_gradient(residual)
-        for part, role in enumerate((_QUERY, None, _VALUE)):
-            if role is not None:
-                rows = weight[part * width : (part + 1) * width].to(total.dtype)
-                total = total + sums[role] @ rows
+        for role, first in ((_QUERY, 0), (_VALUE, 2 * width)):
+            total = total + sums[role] @ weight[first : first + width].to(total.dtype)
         self.embedding_gradient = total
 
 
@@ -725,11 +717,15 @@ def _activate(
 
 
 def _activate_bwd(
-    down: Product, dz: Tensor, kept: Tensor, b: Tensor | None, act: str
+    down: Product, dz: Tensor, kept: Tensor, b: Tensor | None, act: str, from_activate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the activation's input and of its bias."""
+    """Return the gradients of the activation's input and of its bias.
+
+    `kept` is what `_activate` gave, or the activation's input.
+    """
     if not uses_triton(dz) and uses_native(dz):
         from ..kernels import native
 
-        return native.activation_bwd(down.backward(dz), kept, b, act, True, in_place=True)
+        dh = down.backward(dz)
+        return native.activation_bwd(dh, kept, b, act, is_slope=from_activate, in_place=True)
     return linear_activation_bwd(dz, down.weight, kept, b, act)

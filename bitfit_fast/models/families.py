@@ -71,6 +71,11 @@ class StackRow:
         `index`, or `padding` where positions count from behind the padding's index.
     first : tuple of str
         How the names of classes end whose head reads nothing but the first token.
+    padding : tuple of str
+        How those end whose head looks at tokens of padding, too.
+    score_bias : str, optional
+        Path, below the container, of the embedding that adds to attention's scores what
+        the container's `compute_position_bias` makes of it.
     """
 
     container: str
@@ -82,6 +87,9 @@ class StackRow:
         "ForMultipleChoice",
         "ForImageClassification",
     )
+    # the scores of a question's answers are compared with those at padding
+    padding: tuple[str, ...] = ("ForQuestionAnswering",)
+    score_bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -249,6 +257,7 @@ FAMILIES: dict[str, Family] = {
             },
             "intermediate.intermediate_act_fn",
             positions="padding",
+            score_bias="relative_attention_bias",
         ),
         query="attention.attn.q.bias",
         key="attention.attn.k.bias",

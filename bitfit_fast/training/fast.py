@@ -38,11 +38,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _first_tensor(batch: Batch) -> str:
-    """Return the key of the inputs."""
-    return next(key for key in ("input_ids", "pixel_values", *batch) if key in batch)
-
-
 class FastStep:
     """One optimiser step of a model with a patched encoder.
 
@@ -66,10 +61,7 @@ class FastStep:
         self.optimizer = ArenaAdamW(self.arena, lr=plan.lr, weight_decay=0.0)
         self.encoder = encoder_of(model)
         if self.encoder is not None:
-            self.encoder.sinks = [
-                None if name not in self.arena.slices else self.arena.parameters[name].grad
-                for name in self.encoder.names
-            ]
+            self.encoder.write_to(self.arena)
         self.steps = 0
         #: Bytes that a step may take.
         self.room = _free_memory(self.arena.values.device)
@@ -101,10 +93,10 @@ class FastStep:
 
     def _what_fits(self, batch: Batch) -> str:
         """Say which batches would have fitted, by what the layers keep of a token."""
-        examples, length = batch[_first_tensor(batch)].shape[:2]
+        if self.encoder is None or self.room is None or "input_ids" not in batch:
+            return "out of memory; a smaller batch or another memory mode needs less"
+        examples, length = batch["input_ids"].shape
         said = f"out of memory with {examples} examples of up to {length} tokens"
-        if self.encoder is None or self.room is None or "pixel_values" in batch:
-            return f"{said}; a smaller batch or another memory mode needs less"
         stack = self.encoder.stack
         width, inner = stack.layers[0].down.weight.shape
         # besides, the widest tensors of one layer and the embeddings in fp32
@@ -156,7 +148,7 @@ class FastStep:
     def close(self) -> None:
         """Give the parameters their own memory again."""
         if self.encoder is not None:
-            self.encoder.sinks = None
+            self.encoder.write_to(None)
         self.arena.release()
 
 

@@ -279,10 +279,7 @@ class BitFitTrainer(Trainer):
         """Let the encoder add its gradients where the optimiser looks for them."""
         encoder, arena = encoder_of(self.model), self._arena
         if encoder is not None and arena is not None:
-            encoder.sinks = [
-                arena.view(name, arena.gradients) if name in arena.slices else None
-                for name in encoder.names
-            ]
+            encoder.write_to(arena)
 
     def _do_without_wrapper(self, ends: contextlib.ExitStack) -> None:
         """Let accelerate leave out `DistributedDataParallel`, whose work is done here."""
@@ -399,7 +396,7 @@ class _OverArena(ArenaAdamW):
 def _write_nowhere(model: nn.Module) -> None:
     encoder = encoder_of(model)
     if encoder is not None:
-        encoder.sinks = None
+        encoder.write_to(None)
 
 
 def _is_patched(model: nn.Module) -> bool:

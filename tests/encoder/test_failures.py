@@ -32,7 +32,7 @@ def test_models_outside_the_table(kind):
     config = getattr(transformers, f"{prefix}Config")(**options)
     model = getattr(transformers, f"{prefix}ForSequenceClassification")(config)
     select(model)
-    with pytest.raises(BitFitError, match=f"it is of type '{kind}', and the table has .*ViT"):
+    with pytest.raises(BitFitError, match=f"it is of type '{kind}', and the table has .*vit"):
         patch_encoder(model)
 
 

@@ -19,8 +19,9 @@ def test_two_processes_get_the_gradients_of_one(build, batch, tmp_path):
     inputs = batch(model, (16, 3, 1, 12))
     torch.save(model, tmp_path / "model.pt")
     torch.save(inputs, tmp_path / "inputs.pt")
+    script = Path(__file__).parents[1] / "modules" / "two_processes.py"
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("two_processes.py"), tmp_path],
+        [sys.executable, script, tmp_path, "encoder"],
         env=os.environ | {"PYTHONPATH": str(Path(bitfit_fast.__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

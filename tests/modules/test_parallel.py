@@ -20,7 +20,7 @@ def test_two_processes_get_the_gradients_of_one(build, batch, tmp_path):
     torch.save(model, tmp_path / "model.pt")
     torch.save(inputs, tmp_path / "inputs.pt")
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("two_processes.py"), tmp_path],
+        [sys.executable, Path(__file__).with_name("two_processes.py"), tmp_path, "modules"],
         env=os.environ | {"PYTHONPATH": str(Path(bitfit_fast.__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,7 +1,8 @@
 """Take two steps of a patched model in two processes, each with half of a batch.
 
-`python two_processes.py FOLDER` reads `model.pt` and `inputs.pt` there, and writes what gradients
-each process ends with to `gradients-0.pt` and `gradients-1.pt`.
+`python two_processes.py FOLDER modules|encoder` reads `model.pt` and `inputs.pt` there, patches
+the one or the other, and writes what gradients each process ends with to `gradients-0.pt` and
+`gradients-1.pt`.
 """
 
 import multiprocessing
@@ -11,15 +12,21 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from bitfit_fast import patch, select
+from bitfit_fast import patch, patch_encoder, select
+
+#: What is patched, by the command line's word for it.
+PATCHES = {
+    "modules": patch,
+    "encoder": lambda model: patch_encoder(model, precision="fp32"),
+}
 
 
-def train(rank, folder, model, inputs):
+def train(rank, folder, patched, model, inputs):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
     select(model)
-    patch(model)
+    PATCHES[patched](model)
     wrapped = DistributedDataParallel(model)
     half = {name: t[2 * rank : 2 * rank + 2] for name, t in inputs.items()}
     for _ in range(2):  # a gradient that never came is missed at the second
@@ -33,12 +40,13 @@ def train(rank, folder, model, inputs):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = sys.argv[1]
+    folder, patched = sys.argv[1:]
     model = torch.load(f"{folder}/model.pt", weights_only=False)
     inputs = torch.load(f"{folder}/inputs.pt")
     # what takes long, the imports, is done once; no thread runs yet
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=train, args=(rank, folder, model, inputs)) for rank in range(2)]
+    arguments = folder, patched, model, inputs
+    ranks = [fork.Process(target=train, args=(rank, *arguments)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
