@@ -32,7 +32,7 @@ setup(
         "bitfit_fast.training",
     ],
     # built on first use, by the machine's own compiler
-    package_data={"bitfit_fast.kernels": ["*.cpp"]},
+    package_data={"bitfit_fast.kernels": ["*.cpp", "*.h"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -19,6 +19,9 @@ from ..packing import Packing
 
 __all__ = ["attention_bwd", "attention_fwd", "joined"]
 
+#: Keys of a sequence whose probabilities a CPU's second-level cache holds.
+_LONGEST = 1024
+
 
 def _has_kernel(q: Tensor) -> bool:
     if not uses_triton(q):
@@ -26,6 +29,15 @@ def _has_kernel(q: Tensor) -> bool:
     from ..kernels.attention import MAX_HEAD_SIZE
 
     return q.shape[-1] <= MAX_HEAD_SIZE
+
+
+def _takes_tiles(q: Tensor, packing: Packing) -> bool:
+    """Return whether the CPU's matrix units compute this attention."""
+    if q.dtype != torch.bfloat16 or packing.longest > _LONGEST or not uses_native(q):
+        return False
+    from ..kernels import native
+
+    return native.has_tiles() and not q.shape[-1] % native.SIDE
 
 
 def _starts(q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:
@@ -76,6 +88,10 @@ def attention_fwd(
         from ..kernels import attention as kernel
 
         return kernel.attention_fwd(q, k, v, *_starts(q, k, packing), p, seed, bias)
+    if _takes_tiles(q, packing):
+        from ..kernels import native
+
+        return native.attention_fwd(q, k, v, *_starts(q, k, packing)[:2], p, seed, bias)
     if uses_native(q):
         return _grouped_fwd(q, k, v, packing, p, seed, bias)
     starts_q, starts_k, _, most = _starts(q, k, packing)
@@ -116,6 +132,14 @@ def attention_bwd(
 
         starts = _starts(q, k, packing)
         return kernel.attention_bwd(do, q, k, v, *starts, p, seed, bias, needs_kv)
+    if _takes_tiles(q, packing):
+        from ..kernels import native
+
+        dq, room = _gradients(q, k, needs_kv)
+        dkv = room if needs_kv else None
+        where = _starts(q, k, packing)[:2]
+        native.attention_bwd(do, q, k, v, *where, p, seed, bias, dq, dkv)
+        return dq, dkv
     if uses_native(q):
         return _grouped_bwd(do, q, k, v, packing, p, seed, bias, needs_kv)
     starts_q, starts_k, _, most = _starts(q, k, packing)
@@ -141,6 +165,14 @@ def _groups(
     for group in packing.groups:
         keys = group.starts, group.lengths, group.longest
         yield (keys if _is_whole(q, k) else (group.order, group.ones, 1)), keys
+
+
+def _gradients(q: Tensor, k: Tensor, needs_kv: bool) -> tuple[Tensor, Tensor]:
+    """Return memory for the gradients of q, and of k and v, empty where these are not wanted."""
+    if needs_kv and _is_whole(q, k):
+        dqkv = q.new_empty(q.shape[0], 3, *q.shape[1:])
+        return dqkv[:, 0], dqkv[:, 1:]
+    return q.new_empty(q.shape), k.new_empty(k.shape[0], 2 * needs_kv, *k.shape[1:])
 
 
 def _grouped_fwd(
@@ -182,11 +214,7 @@ def _grouped_bwd(
 ) -> tuple[Tensor, Tensor | None]:
     from ..kernels import native
 
-    if needs_kv and _is_whole(q, k):
-        dqkv = q.new_empty(q.shape[0], 3, *q.shape[1:])
-        dq, dkv = dqkv[:, 0], dqkv[:, 1:]
-    else:
-        dq, dkv = q.new_empty(q.shape), k.new_empty(k.shape[0], 2 * needs_kv, *k.shape[1:])
+    dq, dkv = _gradients(q, k, needs_kv)
     for queries, keys in _groups(q, k, packing):
         padded_q, padded_do, padded_k, padded_v = (
             native.spread(t, *where).flatten(0, 1)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops._backend import uses_native, uses_triton
+from ..ops.activation import activation_fwd
+from ..ops.linear import linear_activation_bwd
 
 __all__ = ["Product"]
 
@@ -33,6 +38,15 @@ def _prefers_onednn() -> bool:
     return bool(makers) and "GenuineIntel" not in makers
 
 
+def _takes_tiles(rows: Tensor, weight: Tensor) -> bool:
+    """Return whether the CPU's matrix units multiply rows of this kind by the weight."""
+    if rows.dtype != torch.bfloat16 or not uses_native(rows):
+        return False
+    from ..kernels import native
+
+    return native.has_tiles() and not any(size % native.SIDE for size in weight.shape)
+
+
 class Product:
     """A frozen weight, which activations and gradients are multiplied by.
 
@@ -46,20 +60,108 @@ class Product:
         self.weight = weight
         fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32
         self._onednn = fp32 and _prefers_onednn()
+        #: For matrix units: the weight as they take it in the forward and the backward pass.
+        self._packed: dict[str, Any] = {}
+
+    def packed(self, rows: Tensor, which: str) -> Any:
+        """Return the weight as a CPU's matrix units take it, or None without them.
+
+        `which` is the `forward` or the `backward` pass.
+        """
+        if not _takes_tiles(rows, self.weight):
+            return None
+        if which not in self._packed:
+            from ..kernels import native
+
+            self._packed[which] = native.pack(
+                self.weight.t() if which == "forward" else self.weight
+            )
+        return self._packed[which]
 
     def __call__(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """Return `x W^T + b`, `[M, N]` of `[M, K]`."""
+        if (packed := self.packed(x, "forward")) is not None:
+            from ..kernels import native
+
+            return native.linear(x, packed, b)
         if self._onednn:
             return _onednn(x, self.weight, b)
         return x @ self.weight.t() if b is None else torch.addmm(b, x, self.weight.t())
 
     def backward(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `dy W`, `[M, K]` of `[M, N]`; added to `onto`, in place, where it is given."""
+        if (packed := self.packed(dy, "backward")) is not None:
+            from ..kernels import native
+
+            return native.linear(dy, packed, onto=onto)
         if self._onednn:
             dx = _onednn(dy, self.weight.t())
             return dx if onto is None else onto.add_(dx)
         return dy @ self.weight if onto is None else onto.addmm_(dy, self.weight)
 
+    def activated(
+        self, x: Tensor, b: Tensor | None, act: str, few_bits: bool, keeps: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return `act(x W^T + b)`, and what `activation_bwd` of the next product is to be given.
+
+        Parameters
+        ----------
+        x : Tensor
+            `[M, K]`.
+        b : Tensor, optional
+            `[N]` fp32.
+        act : str
+            One of `ops.ACTIVATIONS`.
+        few_bits, keeps : bool
+            Whether act' is kept in 8 bits, and whether anything is.
+        """
+        if (packed := self.packed(x, "forward")) is not None:
+            from ..kernels import native
+
+            h, kept = native.linear_activation(x, packed, b, act, few_bits, keeps)
+            return h, h if kept is None else kept
+        u = self(x)
+        if keeps and not few_bits and not uses_triton(u) and uses_native(u):
+            from ..kernels import native
+
+            # the derivative takes the place of u: no erf a second time
+            return native.activation_fwd(u, b, act, False, slope=u)[0], u
+        h, levels = activation_fwd(u, b, act, few_bits and keeps)
+        return h, levels if few_bits else u
+
+    def activation_bwd(
+        self, dz: Tensor, kept: Tensor, b: Tensor | None, act: str, from_activated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the activation before this product, and of its bias.
+
+        Parameters
+        ----------
+        dz : Tensor
+            Gradient of this product, `[M, N]`.
+        kept : Tensor
+            What `activated` of the product before gave, or the activation's input, `[M, K]`.
+        b, act
+            The activation's.
+        from_activated : bool
+            Which of the two `kept` is.
+        """
+        if (packed := self.packed(dz, "backward")) is not None:
+            from ..kernels import native
+
+            return native.linear_activation_bwd(dz, packed, kept, b, act, from_activated)
+        if not uses_triton(dz) and uses_native(dz):
+            from ..kernels import native
+
+            dh = self.backward(dz)
+            return native.activation_bwd(dh, kept, b, act, is_slope=from_activated, in_place=True)
+        return linear_activation_bwd(dz, self.weight, kept, b, act)
+
     def part(self, first: int, last: int) -> Product:
         """Return the product with some rows of the weight."""
-        return Product(self.weight[first:last])
+        made = Product(self.weight[first:last])
+        for which, index in (("forward", 1), ("backward", 0)):
+            packed = self.packed(self.weight, which)
+            if packed is not None and not (first % 32 or last % 32):
+                every, some = slice(None), slice(first, last)
+                made._packed[which] = packed[(every, some) if index else (some, every)]
+        return made

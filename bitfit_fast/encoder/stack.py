@@ -29,12 +29,9 @@ from torch import Tensor, nn
 
 from ..errors import BitFitError
 from ..ops._autograd import once, shaped
-from ..ops._backend import uses_native, uses_triton
-from ..ops.activation import activation_fwd
 from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout, new_seed
 from ..ops.layer_norm import layer_norm_bwd, layer_norm_fwd
-from ..ops.linear import linear_activation_bwd
 from ..packing import Packing
 from .attention import attention_bwd, attention_fwd, joined
 from .product import Product
@@ -385,12 +382,51 @@ class _Run:
             self.keep(x)
         for number, layer in enumerate(stack.layers):
             first = stack.first_only and number == last
-            z = self._attention(number, y, first)
+            o = self._attention(number, y, first)
             if first:
                 residual = residual.index_select(0, self.packing.first)
-            y, residual = self._join(layer.middle, z, residual, 3 * number + 1)
+            if (weights := self._end_weights(layer, o, "forward")) is not None:
+                y = residual = self._end(number, o, residual, weights)
+                continue
+            y, residual = self._join(layer.middle, layer.out(o), residual, 3 * number + 1)
             z = self._feed_forward(layer, y, number)
             y, residual = self._join(layer.end, z, residual, 3 * number + 2)
+        return y
+
+    def _end_weights(self, layer: Layer, rows: Tensor, which: str) -> Any:
+        """Return the weights behind attention where one call does all of that; None elsewhere.
+
+        It keeps, and takes, what the steps one by one do.
+        """
+        if self.stack.pre_norm or self._recomputes:
+            return None
+        products = layer.out, layer.up, layer.down
+        weights = tuple(product.packed(rows, which) for product in products)
+        return None if any(weight is None for weight in weights) else weights
+
+    def _norms(self, number: int) -> Any:
+        from ..kernels.native import Norm
+
+        def norm(at: Junction, number: int) -> Norm:
+            assert at.gamma is not None
+            vectors = at.gamma, self._bias(at.beta), self._bias(at.bias)
+            return Norm(*vectors, at.eps, *self._drop(number))
+
+        layer = self.stack.layers[number]
+        return norm(layer.middle, 3 * number + 1), norm(layer.end, 3 * number + 2)
+
+    def _end(self, number: int, o: Tensor, x: Tensor, weights: Any) -> Tensor:
+        """Run all of a layer behind attention."""
+        from ..kernels import native
+
+        b, act = self.biases[number * len(ROLES) + _UP], self.stack.layers[number].act
+        few_bits = self.stack.memory == "low"
+        y, *kept = native.layer_end(
+            o, x, weights, self._norms(number), b, act, few_bits, self.keeps
+        )
+        if self.keeps:
+            hat, rstd, slope, end_hat, end_rstd = kept
+            self.keep(hat, None, rstd, slope, end_hat, None, end_rstd)
         return y
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -486,18 +522,16 @@ class _Run:
         if self.stack.memory != "lowest":
             self.keep(*projected)
         o = attention_fwd(*self._apart(projected), self.packing, *self._drop(3 * number), self.bias)
-        return self.stack.layers[number].out(o.flatten(1))
+        return o.flatten(1)
 
     def _feed_forward(self, layer: Layer, y: Tensor, number: int) -> Tensor:
         b = self.biases[number * len(ROLES) + _UP]
         if self._recomputes:
             z = y.new_empty(y.shape[0], layer.down.weight.shape[0])
             for rows in _chunks(y):
-                h, _ = activation_fwd(layer.up(y[rows]), b, layer.act, False)
-                z[rows] = layer.down(h)
+                z[rows] = layer.down(layer.up.activated(y[rows], b, layer.act, False, False)[0])
             return z
-        u = layer.up(y)
-        h, kept = _activate(u, b, layer.act, self.stack.memory == "low", self.keeps)
+        h, kept = layer.up.activated(y, b, layer.act, self.stack.memory == "low", self.keeps)
         self.keep(kept)
         return layer.down(h)
 
@@ -513,6 +547,16 @@ class _Run:
         residual: Tensor | None = None  # the gradient of the residual that goes on
         for number in range(last, -1, -1):
             layer, first = stack.layers[number], stack.first_only and number == last
+            weights = None
+            if _place(number, _MIDDLE) > self.lowest:
+                weights = self._end_weights(layer, dy, "backward")
+            if weights is not None:
+                residual, do = self._end_bwd(number, dy, weights)
+                below = self._attention_bwd(number, do, residual, first)
+                if below is None:
+                    return None
+                dy, residual = below
+                continue
             left = self._leave(layer.end, dy, residual, 3 * number + 2, _place(number, _END))
             if left is None:
                 return None
@@ -526,7 +570,7 @@ class _Run:
             if left is None:
                 return None
             residual, dz = left
-            below = self._attention_bwd(number, dz, residual, first)
+            below = self._attention_bwd(number, layer.out.backward(dz), residual, first)
             if below is None:
                 return None
             dy, residual = below
@@ -535,6 +579,24 @@ class _Run:
         if self.needs_embedding_beta:
             self.embedding_gradient = bias_gradient(dy)
         return dy
+
+    def _end_bwd(self, number: int, dy: Tensor, weights: Any) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the layer's input and of what attention's heads gave."""
+        from ..kernels import native
+
+        layer = self.stack.layers[number]
+        hat, _, rstd, slope, end_hat, _, end_rstd = self._taken(7)
+        b, up = self.biases[number * len(ROLES) + _UP], number * len(ROLES) + _UP
+        places = layer.end.beta, layer.end.bias, up, layer.middle.beta, layer.middle.bias
+        needs = [place is not None and self.needs[place] for place in places]
+        do, dx, sums = native.layer_end_bwd(
+            dy, weights, self._norms(number), b, layer.act,
+            (hat, rstd, slope, end_hat, end_rstd), needs,
+        )  # fmt: skip
+        for place, gradient in zip(places, sums):
+            if gradient is not None:
+                self._note(place, gradient)
+        return dx, do
 
     def _enter_bwd(self, dy: Tensor, residual: Tensor | None) -> Tensor | None:
         entry = self.stack.entry
@@ -594,14 +656,14 @@ class _Run:
         b, ends = self.biases[index], _place(number, _INNER) <= self.lowest
         if not self._recomputes:
             (kept,) = self._taken(1)
-            du, db = _activate_bwd(layer.down, dz, kept, b, layer.act, True)
+            du, db = layer.down.activation_bwd(dz, kept, b, layer.act, True)
             self._note(index, db)
             return None if ends else layer.up.backward(du, self._onto(residual))
         y = self._normalised(layer.middle)
         dy = torch.zeros_like(y) if self.stack.pre_norm else residual
         total = y.new_zeros(layer.up.weight.shape[0], dtype=torch.float32)
         for rows in _chunks(y):
-            du, db = _activate_bwd(layer.down, dz[rows], layer.up(y[rows]), b, layer.act, False)
+            du, db = layer.down.activation_bwd(dz[rows], layer.up(y[rows]), b, layer.act, False)
             total += db
             if not ends:
                 layer.up.backward(du, dy[rows])
@@ -631,7 +693,7 @@ class _Run:
         return x
 
     def _attention_bwd(
-        self, number: int, dz: Tensor, residual: Tensor, first: bool
+        self, number: int, do: Tensor, residual: Tensor, first: bool
     ) -> tuple[Tensor, Tensor] | None:
         layer, at = self.stack.layers[number], number * len(ROLES)
         if self.stack.memory == "lowest":
@@ -644,7 +706,6 @@ class _Run:
         # the probabilities of a query add up to 1 where none is dropped
         dropped = self.dropouts[3 * number] > 0
         needs_kv = not ends or (dropped and (by_identity or self.needs[at + _VALUE]))
-        do = layer.out.backward(dz)
         q, k, v = self._apart(projected)
         dq, dkv = attention_bwd(
             do.view(q.shape), q, k, v, self.packing, *self._drop(3 * number), self.bias, needs_kv
@@ -701,31 +762,3 @@ class _Run:
 def _chunks(rows: Tensor) -> Iterator[slice]:
     for first in range(0, rows.shape[0], _CHUNK):
         yield slice(first, first + _CHUNK)
-
-
-def _activate(
-    u: Tensor, b: Tensor | None, act: str, few_bits: bool, keeps: bool
-) -> tuple[Tensor, Tensor]:
-    """Return act(u + b), and what its backward pass is to be given."""
-    if keeps and not few_bits and not uses_triton(u) and uses_native(u):
-        from ..kernels import native
-
-        # the derivative takes the place of u: no erf a second time
-        return native.activation_fwd(u, b, act, False, slope=u)[0], u
-    h, levels = activation_fwd(u, b, act, few_bits and keeps)
-    return h, levels if few_bits else u
-
-
-def _activate_bwd(
-    down: Product, dz: Tensor, kept: Tensor, b: Tensor | None, act: str, from_activate: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the activation's input and of its bias.
-
-    `kept` is what `_activate` gave, or the activation's input.
-    """
-    if not uses_triton(dz) and uses_native(dz):
-        from ..kernels import native
-
-        dh = down.backward(dz)
-        return native.activation_bwd(dh, kept, b, act, is_slope=from_activate, in_place=True)
-    return linear_activation_bwd(dz, down.weight, kept, b, act)

@@ -1,0 +1,103 @@
+"""Whole encoders whose products, attention and layers' ends run on a CPU's matrix units."""
+
+import pytest
+import torch
+
+from bitfit_fast import patch_encoder, select, unpatch
+from bitfit_fast.kernels import native
+from bitfit_fast.models.families import biases
+
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
+CHANGES = {
+    "bert": WIDE,
+    "electra": WIDE,
+    "mpnet": WIDE,
+    "distilbert": {"dim": 64, "n_heads": 2, "hidden_dim": 96},
+    "vit": WIDE,
+}
+HEADS = ("ForSequenceClassification", "ForTokenClassification")
+RULE = {"roundings": 2, "eps": 2.0**-7}
+
+pytestmark = pytest.mark.parametrize("backend", ["native"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def tiles(backend, monkeypatch):
+    """Skip on other CPUs, and count which kernels run."""
+    if not native.has_tiles():
+        pytest.skip("this CPU has no matrix units (AMX)")
+    names, call = [], native._call
+    monkeypatch.setattr(native, "_call", lambda name, *a: (names.append(name), call(name, *a)))
+    return names
+
+
+@pytest.mark.parametrize("family", CHANGES)
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_and_gradients(family, head, backend, tiles, case, measure, as_exact, memory):
+    if family == "vit" and head == HEADS[1]:
+        return
+    each = case(family, head, **CHANGES[family])
+    patch_encoder(each.model, precision="bf16", memory=memory)
+    found = measure(each.model, each.inputs)
+    assert set(found) == set(each.exact)
+    as_exact(found, each.bf16, each.exact, **RULE)
+    assert {"linear", "attention_fwd", "attention_bwd"} <= set(tiles)
+    ends = family != "vit" and memory in ("fast", "low")
+    assert tiles.count("layer_end") == 3 * ends
+    # where the backward pass ends in a layer, it goes step by step
+    assert tiles.count("layer_end_bwd") == 3 * ends
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_every_choice_gets_its_gradients_and_no_other(family, backend, case, measure, as_exact):
+    each = case(family, **CHANGES[family])
+    terms = dict.fromkeys(b.term for b in biases(each.model) if not b.zero_gradient)
+    for layers in (None, "0", "1", "2"):
+        for term in terms:
+            try:
+                selection = select(each.model, term, layers)
+            except Exception:  # outside of the layers
+                continue
+            done = patch_encoder(each.model, precision="bf16")
+            found = measure(each.model, each.inputs)
+            wanted = set(selection.names) - set(done.no_gradient)
+            assert set(found) == {"loss"} | wanted, (term, layers)
+            as_exact(found, each.bf16, each.exact, label=f"{term} {layers}", **RULE)
+            unpatch(each.model)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_the_whole_end_of_a_layer_is_its_steps(
+    family, backend, tiles, build, batch, measure, monkeypatch
+):
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    if family == "distilbert":
+        rates = {"dropout": 0.1, "attention_dropout": 0.2}
+    results = []
+    for whole in (True, False):
+        model = build(family, **CHANGES[family], **rates)
+        select(model)
+        patch_encoder(model, precision="bf16")
+        if not whole:
+            from bitfit_fast.encoder import stack
+
+            monkeypatch.setattr(stack._Run, "_end_weights", lambda *args: None)
+        results.append(measure(model, batch(model)))
+    first, second = results
+    assert tiles.count("layer_end") == 3
+    # the same masks; only roundings to bf16 in between differ
+    for name, value in first.items():
+        error = (value - second[name]).norm() / second[name].norm()
+        assert error < 2**-5, (name, error)
+
+
+def test_a_copied_model_has_weights_of_its_own(backend, build, batch, measure):
+    import copy
+
+    model = build("bert", **WIDE)
+    select(model)
+    patch_encoder(model, precision="bf16")
+    before = measure(model, batch(model))
+    twin = copy.deepcopy(model)
+    again = measure(twin, batch(twin))
+    assert all(torch.equal(before[name], again[name]) for name in before)

@@ -1,0 +1,257 @@
+"""Products and attention by matrix units against float64, by the rule of twice PyTorch's error."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bitfit_fast.kernels import native
+from bitfit_fast.kernels._constants import ACTIVATIONS, quantisation
+from bitfit_fast.ops import attention as definition
+from bitfit_fast.ops.dropout import kept
+
+ROWS = (0, 1, 31, 32, 70)
+SHAPES = ((32, 32), (96, 64), (64, 416))
+SEED = torch.tensor([2**62 - 1])
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def library():
+    """Skip where the kernels cannot be built, or the CPU is another."""
+    if reason := native.unavailable():
+        pytest.skip(reason)
+    if not native.has_tiles():
+        pytest.skip("this CPU has no matrix units (AMX)")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Let every new tensor begin as NaN, so that an element that is not written shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(77)
+
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **options: poison(new_empty(*args, **options))
+    )
+
+
+def randn(*shape, dtype=BF16, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def judge(ours, pytorch, exact, roundings=2, label=""):
+    """Assert that an error is at most twice PyTorch's in bf16, above a floor of its roundings."""
+    assert ours.shape == exact.shape, label
+    if not ours.numel():
+        return
+    error = (ours.double() - exact).abs().max().item()
+    theirs = (pytorch.double() - exact).abs().max().item()
+    size = exact.abs().max().item()
+    assert error <= 2 * theirs + roundings * torch.finfo(ours.dtype).eps * size, (label, error)
+
+
+def test_packed_weights_hold_every_number_once():
+    weight = torch.arange(96 * 64).view(96, 64)
+    steps = native.pack(weight.to(torch.int16).view(BF16)).data.view(torch.int16)
+    places = steps.view(2, 3, 2, 16, 16, 2)  # panel, step, half, pair, column, row of the pair
+    panel, step, half, pair, column, row = torch.meshgrid(
+        *map(torch.arange, places.shape), indexing="ij"
+    )
+    expected = weight[32 * step + 2 * pair + row, 32 * panel + 16 * half + column]
+    assert torch.equal(places.long(), expected)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(rows, shape):
+    depth, columns = shape
+    x, weight, b = randn(rows, depth), randn(depth, columns), randn(columns, dtype=torch.float32)
+    packed = native.pack(weight)
+    exact = x.double() @ weight.double()
+    judge(native.linear(x, packed), x @ weight, exact)
+    judge(native.linear(x, packed, b), (x @ weight + b).to(BF16), exact + b)
+    onto = randn(rows, columns, seed=1)
+    sum_of = onto.double() + exact
+    theirs = onto.addmm(x, weight)
+    assert native.linear(x, packed, onto=onto) is onto
+    judge(onto, theirs, sum_of)
+
+
+def test_the_operands_may_be_views():
+    wide, weight = randn(40, 200), randn(64, 96)
+    x = wide[:, 3:67]
+    expected = native.linear(x.contiguous(), native.pack(weight))
+    assert torch.equal(native.linear(x, native.pack(weight)), expected)
+    turned = weight.t().contiguous().t()
+    assert torch.equal(native.linear(x, native.pack(turned)), expected)
+    packed = copy.deepcopy(native.pack(weight))
+    assert torch.equal(native.linear(x, packed[:, 32:96]), expected[:, 32:96])
+    lower = native.linear(x[:, 32:], packed[32:64, :])
+    assert torch.equal(lower, native.linear(x[:, 32:].contiguous(), native.pack(weight[32:])))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 70])
+def test_linear_and_activation(act, rows):
+    x, weight, b = randn(rows, 96), randn(96, 64) / 10, randn(64, dtype=torch.float32)
+    back, dy = randn(32, 64) / 10, randn(rows, 32)
+    u = (x.double() @ weight.double() + b).requires_grad_()
+    h = _act(u, act)
+    (slope,) = torch.autograd.grad(h.sum(), u)
+    exact_dz = (dy.double() @ back.double()) * slope
+    ours, kept_slope = native.linear_activation(x, native.pack(weight), b, act, False, True)
+    theirs = _act((x @ weight + b).to(BF16), act)
+    judge(ours, theirs, h.detach())
+    again, levels = native.linear_activation(x, native.pack(weight), b, act, True, True)
+    assert torch.equal(again, ours)
+    alone, nothing = native.linear_activation(x, native.pack(weight), b, act, False, False)
+    assert torch.equal(alone, ours) and nothing is None
+    _, step = quantisation(act)
+    bf16_dz = ((dy @ back) * slope.to(BF16)).to(BF16)
+    # of 8 bits, half a level at most, on top
+    error = 0.51 * step * (dy.double() @ back.double()).abs().max().item()
+    for what, given, is_slope in (
+        ("slope", kept_slope, True),
+        ("levels", levels, True),
+        ("input", (u.detach() - b).to(BF16), False),
+    ):
+        dz, db = native.linear_activation_bwd(dy, native.pack(back), given, b, act, is_slope)
+        extra = error if what == "levels" else 0
+        if act == "relu" and what == "input":  # at zero a rounded input says another thing
+            continue
+        worst = (dz.double() - exact_dz).abs().max().item()
+        allowed = 2 * (bf16_dz.double() - exact_dz).abs().max().item() + extra
+        assert worst <= allowed + 2**-7 * exact_dz.abs().max().item(), what
+        # the sum is taken before dz is rounded
+        assert (db.double() - dz.double().sum(0)).abs().max() <= rows * 2**-8 * dz.abs().max()
+
+
+def _act(u, act):
+    return {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+        "relu": F.relu,
+        "silu": F.silu,
+        "tanh": torch.tanh,
+    }[act](u)
+
+
+# ---------------------------------------------------------------------------------- attention
+
+LENGTHS = ((5,), (32, 1, 33), (64, 17, 70, 31))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("one_query", [False, True])
+def test_attention(lengths, size, p, has_bias, one_query):
+    heads, tokens, longest = 3, sum(lengths), max(lengths)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    q, k, v = randn(tokens, 3, heads, size).unbind(1)
+    starts_q = starts
+    if one_query:
+        q = randn(len(lengths), heads, size, seed=1)
+        starts_q = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    do = randn(*q.shape, seed=2)
+    seed = SEED if p else None
+    bias = randn(heads, longest, longest, dtype=torch.float32) if has_bias else None
+    keep = kept(q.shape[0] * heads, longest, p, SEED) if p else None
+    rest = (starts_q, starts, p, keep, bias)
+    padded = None if bias is None else F.pad(bias, (0, -longest % 16))
+
+    o = native.attention_fwd(q, k, v, starts_q, starts, p, seed, padded)
+    exact = definition.forward_definition(q.double(), k.double(), v.double(), *rest)
+    judge(o, definition.forward_definition(q, k, v, *rest), exact, roundings=4)
+
+    exact_dq, exact_dkv = definition.backward_definition(
+        do.double(), q.double(), k.double(), v.double(), *rest
+    )
+    their_dq, their_dkv = definition.backward_definition(do, q, k, v, *rest)
+    dq, dkv = q.new_empty(q.shape), k.new_empty(tokens, 2, heads, size)
+    native.attention_bwd(do, q, k, v, starts_q, starts, p, seed, padded, dq, dkv)
+    judge(dq, their_dq, exact_dq, roundings=4, label="dq")
+    judge(dkv, their_dkv, exact_dkv, roundings=4, label="dkv")
+    alone = torch.full_like(dq, float("nan"))
+    native.attention_bwd(do, q, k, v, starts_q, starts, p, seed, padded, alone, None)
+    assert torch.equal(alone, dq)
+
+
+# -------------------------------------------------------------------- the rest of a layer at once
+
+
+def norm(width, p, seed):
+    gamma, beta, b = (randn(width, dtype=torch.float32, seed=seed + i) for i in range(3))
+    return native.Norm(1 + gamma / 10, beta, b, 1e-5, p, SEED + seed if p else None)
+
+
+@pytest.mark.parametrize("rows", [1, 70, 300])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("few_bits", [False, True])
+def test_the_end_of_a_layer(rows, p, few_bits):
+    width, inner, act = 64, 96, "gelu"
+    weights = [randn(*shape) / 10 for shape in ((width, width), (width, inner), (inner, width))]
+    norms, b = (norm(width, p, 10), norm(width, p, 20)), randn(inner, dtype=torch.float32)
+    o, x, dy = (randn(rows, width, seed=i) for i in range(3))
+
+    def run(dtype):
+        """Return outputs and gradients of PyTorch in a dtype."""
+        tensors = [t.to(dtype).requires_grad_() for t in (o, x)]
+        vectors = [t.to(dtype).requires_grad_() for t in (
+            norms[1].beta, norms[1].b, b, norms[0].beta, norms[0].b)]  # fmt: skip
+        out, up, down = (w.to(dtype) for w in weights)
+
+        def junction(z, at, residual, beta, bias):
+            z = z + bias
+            if at.p:
+                z = torch.where(kept(*z.shape, at.p, at.seed), z, 0) / (1 - at.p)
+            return F.layer_norm(residual + z, z.shape[1:], at.gamma.to(dtype), beta, at.eps)
+
+        s = junction(tensors[0] @ out, norms[0], tensors[1], vectors[3], vectors[4])
+        y = junction(F.gelu(s @ up + vectors[2]) @ down, norms[1], s, vectors[0], vectors[1])
+        y.backward(dy.to(dtype))
+        return [y.detach(), *(t.grad for t in (*tensors, *vectors))]
+
+    exact, theirs = run(torch.float64), run(BF16)
+    packed = tuple(map(native.pack, weights))
+    back = tuple(native.pack(w.t()) for w in weights)
+    y, *kept_ = native.layer_end(o, x, packed, norms, b, act, few_bits, True)
+    (alone,) = native.layer_end(o, x, packed, norms, b, act, few_bits, False)
+    assert torch.equal(alone, y)
+    do, dx, sums = native.layer_end_bwd(dy, back, norms, b, act, kept_, [True] * 5)
+    for label, ours, bf16, true in zip(
+        ("y", "do", "dx", "end beta", "end b", "up b", "middle beta", "middle b"),
+        (y, do, dx, *sums), theirs, exact,
+    ):  # fmt: skip
+        error, size = (ours.double() - true).norm().item(), true.norm().item()
+        allowed = 2 * (bf16.double() - true).norm().item() + 2**-8 * size
+        assert error <= allowed, (label, error / size, allowed / size)
+    _, _, some = native.layer_end_bwd(dy, back, norms, b, act, kept_, [True, False] * 2 + [True])
+    assert [s is None for s in some] == [False, True, False, True, False]
+    assert all(torch.equal(s, sums[i]) for i, s in enumerate(some) if s is not None)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    x, weight, b = randn(300, 96), randn(96, 128) / 10, randn(128, dtype=torch.float32)
+    q, k, v = randn(300, 3, 2, 32).unbind(1)
+    starts = torch.tensor([0, 100, 170, 300], dtype=torch.int32)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            h, slope = native.linear_activation(x, native.pack(weight), b, "gelu", False, True)
+            dz, db = native.linear_activation_bwd(
+                h, native.pack(weight.repeat(1, 2).view(128, 192)[:, :128]), slope, b, "gelu", True
+            )
+            o = native.attention_fwd(q, k, v, starts, starts, 0.1, SEED, None)
+            found.append([h, slope, dz, db, o])
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
