@@ -27,6 +27,7 @@ setup(
         "bitfit_fast.data",
         "bitfit_fast.encoder",
         "bitfit_fast.kernels",
+        "bitfit_fast.kinds",
         "bitfit_fast.models",
         "bitfit_fast.ops",
         "bitfit_fast.training",

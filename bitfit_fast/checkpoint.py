@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .errors import BitFitError, listed
+from .kinds import Kind, kind_of
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
 from .selection import HEAD, Selection, head_names, trained_names
 from .tensorfile import align, digest, read_tensors, write_tensors
@@ -59,7 +60,7 @@ class Header:
     head : bool
         Whether the head trained.
     labels : list of str, or None
-        Class names in index order; None for regression.
+        Names of classes or tags in index order; None for regression and spans.
     task : dict
         What else the training run knew: the task's name, its columns, the token limit.
     versions : dict of str to str
@@ -93,6 +94,11 @@ class Checkpoint:
     path: Path
     header: Header
     tensors: dict[str, Tensor]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of task that its model is for."""
+        return kind_of(self.header.model_class)
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +142,8 @@ def _fingerprint(model: nn.Module, stored: Iterable[str], instead: Mapping[str, 
 
 def _labels(model: nn.Module) -> list[str] | None:
     config = getattr(model, "config", None)
+    if not kind_of(type(model).__name__).classes:
+        return None
     names = getattr(config, "id2label", None)
     problem = getattr(config, "problem_type", None)
     # transformers, too, takes a single output without a problem type for a score
@@ -343,7 +351,7 @@ def open_model(
     name = base or header.base
     if not name:
         raise BitFitError(f"{checkpoint.path} does not say its base model; name it (--base)")
-    model = load_model(name, header.labels)
+    model = load_model(name, header.labels, kind=checkpoint.kind.name)
     load(model, checkpoint, any_base=any_base)
     tokenizer = load_tokenizer(name)
     ensure_padding(model, tokenizer)

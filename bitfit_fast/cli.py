@@ -57,13 +57,48 @@ AnyBase = Annotated[
 DataDir = Annotated[
     Location,
     typer.Option(
-        help="Folder with GLUE's own task folders (RTE/train.tsv, ...); else the hub is asked.",
+        help="Folder with GLUE's own task folders (RTE/train.tsv, ...), SQuAD's JSON files (or one "
+        "JSON file) or a treebank's CoNLL-U files; else the hub is asked.",
         rich_help_panel=DATA,
     ),
 ]
 OneFile = Annotated[
-    Location, typer.Option("--file", help="CSV, TSV, JSON-lines or Parquet file instead.")
+    Location, typer.Option("--file", help="A file instead, of a form that train takes.")
 ]
+TaskKind = Annotated[
+    Text,
+    typer.Option(
+        help="What files hold: sequence (texts with a label), span (questions on a text: JSON as "
+        "SQuAD's, JSON lines) or token (tagged words: CoNLL-U, or two columns); by default what "
+        "they look like.",
+        rich_help_panel=DATA,
+    ),
+]
+TrainFile = Annotated[
+    Location,
+    typer.Option(
+        help="Instead of a task: CSV, TSV, JSON lines, Parquet; JSON as SQuAD's; CoNLL-U.",
+        rich_help_panel=DATA,
+    ),
+]
+ValidationShare = Annotated[
+    Real,
+    typer.Option(
+        help="Of squad from one file: share of its articles for validation; default 0.2.",
+        rich_help_panel=DATA,
+    ),
+]
+SplitSeed = Annotated[
+    int, typer.Option(help="By which those articles are chosen.", rich_help_panel=DATA)
+]
+DocStride = Annotated[
+    Number,
+    typer.Option(
+        help="Tokens that windows of a long text share, for questions; default 128.",
+        rich_help_panel=SPEED,
+    ),
+]
+
 TextColumn = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(help="Column of the text in files; twice for pairs.", rich_help_panel=DATA),
@@ -75,6 +110,15 @@ TaskName = Annotated[Text, typer.Option("--task", help="Task; by default the one
 Precision = Annotated[str, typer.Option(help="fp32 or bf16.", rich_help_panel=SPEED)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=SPEED)]
 MaxLength = Annotated[Number, typer.Option(help="Tokens an example; by default as trained.")]
+TrainedLength = Annotated[
+    Number,
+    typer.Option(
+        help="Tokens an example; default 128, and 384 for questions.", rich_help_panel=SPEED
+    ),
+]
+Pretrained = Annotated[
+    str, typer.Option(help="Hub name or local folder of any model with a head for the task.")
+]
 
 
 def _say(text: str, where: Console = console) -> None:
@@ -101,19 +145,12 @@ def _root(
 
 @app.command(epilog="Example: bitfit-fast train --task rte --data-dir glue --output runs/rte")
 def train(
-    model: Annotated[
-        str, typer.Option(help="Hub name or local folder of any sequence-classification model.")
-    ] = DEFAULT_MODEL,
+    model: Pretrained = DEFAULT_MODEL,
     task: Annotated[
         Text, typer.Option(help=f"One of {listed(TASKS)}.", rich_help_panel=DATA)
     ] = None,
     data_dir: DataDir = None,
-    train_file: Annotated[
-        Location,
-        typer.Option(
-            help="Instead of a task: CSV, TSV, JSON lines, Parquet.", rich_help_panel=DATA
-        ),
-    ] = None,
+    train_file: TrainFile = None,
     validation_file: Annotated[
         Location, typer.Option(help="Evaluated on the way.", rich_help_panel=DATA)
     ] = None,
@@ -122,6 +159,9 @@ def train(
     ] = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    task_kind: TaskKind = None,
+    validation_share: ValidationShare = None,
+    split_seed: SplitSeed = 0,
     method: Annotated[
         str, typer.Option(help=", ".join(f"{n}: {m.summary}" for n, m in METHODS.items()) + ".")
     ] = "bitfit",
@@ -166,9 +206,12 @@ def train(
         Number, typer.Option(help="Optimiser steps at most.", rich_help_panel=SPEED)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples a step.", rich_help_panel=SPEED)] = 16,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens an example.", rich_help_panel=SPEED)
-    ] = 128,
+    max_length: TrainedLength = None,
+    doc_stride: DocStride = None,
+    max_answer_length: Annotated[
+        Number,
+        typer.Option(help="Tokens of the longest answer; default 30.", rich_help_panel=SPEED),
+    ] = None,
     warmup: Annotated[
         float, typer.Option(help="Share of the steps with rising rate.", rich_help_panel=SPEED)
     ] = 0.06,
@@ -223,7 +266,8 @@ def train(
     _quiet()
     settings = Settings(
         lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length,
-        warmup=warmup, schedule=schedule, seed=seed, precision=precision,
+        doc_stride=doc_stride, max_answer_length=max_answer_length, warmup=warmup,
+        schedule=schedule, seed=seed, precision=precision,
         train_fraction=train_fraction, grad_clip=grad_clip, eval_every=eval_every,
         patience=patience, backend=backend, device=device, memory=memory,
     )  # fmt: skip
@@ -238,10 +282,15 @@ def train(
         text_columns=text_column,
         label_column=label_column,
         kinds=("train", "validation", "test") if task is None else ("train", "validation"),
+        task_kind=task_kind,
+        validation_share=validation_share,
+        split_seed=split_seed,
     )
+    if data.note:
+        _say(data.note)
     output = output or Path("runs") / f"{data.name}-{method}-{seed}"
     RunFolder(output).check(resume, overwrite)
-    loaded = load_model(model, data.labels, seed)
+    loaded = load_model(model, data.labels, seed, data.kind)
     tokenizer = load_tokenizer(model)
     selection = METHODS[method].select(loaded, terms, layers, head)
     console.print(selection.table())
@@ -305,7 +354,7 @@ def evaluate(
 @app.command(epilog="Example: bitfit-fast predict runs/rte --data-dir glue --output submission")
 def predict(
     trained: Trained,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the TSV files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")],
     task: TaskName = None,
     data_dir: DataDir = None,
     file: OneFile = None,
@@ -317,7 +366,7 @@ def predict(
     precision: Precision = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Write predictions as TSV files; for a GLUE task, those that its server takes."""
+    """Write predictions: TSV files as GLUE's server takes them, SQuAD's JSON, or tagged words."""
     _quiet()
     data = task_of(read(trained), split, task, data_dir, file, text_column, labelled=False)
     model, tokenizer, checkpoint = open_model(trained, base, any_base)
@@ -364,7 +413,7 @@ def inspect(
         "terms": ", ".join(header.terms) or "none",
         "layers": ", ".join(map(str, header.layers)) or "none",
         "head": "trained" if header.head else "not trained",
-        "labels": ", ".join(header.labels) if header.labels else "a score",
+        "labels": ", ".join(header.labels or ["a score" if checkpoint.kind.classes else "spans"]),
         "task": header.task.get("name", ""),
         "parameters": f"{sum(t.numel() for t in checkpoint.tensors.values()):,}",
         "size": f"{checkpoint.path.stat().st_size / 1e3:.1f} kB",
@@ -373,7 +422,7 @@ def inspect(
     for key, value in rows.items():
         table.add_row(key, escape(str(value)))
     console.print(table)
-    before = load_model(base or header.base, header.labels)
+    before = load_model(base or header.base, header.labels, kind=checkpoint.kind.name)
     changes = bias_changes(before, checkpoint)
     load(before, checkpoint, any_base=any_base)  # refuses another base
     if not changes:
@@ -394,21 +443,18 @@ def inspect(
 
 @app.command(epilog="Example: bitfit-fast parity --task rte --data-dir glue --steps 50")
 def parity(
-    model: Annotated[
-        str, typer.Option(help="Hub name or local folder of any sequence-classification model.")
-    ] = DEFAULT_MODEL,
+    model: Pretrained = DEFAULT_MODEL,
     task: Annotated[Text, typer.Option(help=f"One of {listed(TASKS)}.")] = None,
     data_dir: DataDir = None,
-    train_file: Annotated[
-        Location, typer.Option(help="Instead of a task: CSV, TSV, JSON lines, Parquet.")
-    ] = None,
+    train_file: TrainFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    task_kind: TaskKind = None,
     terms: Annotated[str, typer.Option(help="Kinds of bias to train.")] = "all",
     layers: Annotated[Text, typer.Option(help="Encoder layers, as in 0-5,11.")] = None,
     steps: Annotated[int, typer.Option(help="Of training, with each backend.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens an example.")] = 128,
+    max_length: TrainedLength = None,
     seed: Annotated[int, typer.Option(help="Of the head and the order of examples.")] = 0,
     memory: Annotated[str, typer.Option(help=f"One of {listed(MEMORY)}.")] = MEMORY[0],
     device: Device = "auto",
@@ -430,8 +476,9 @@ def parity(
         text_columns=text_column,
         label_column=label_column,
         kinds=("train",),
+        task_kind=task_kind,
     )
-    loaded = load_model(model, data.labels, seed)
+    loaded = load_model(model, data.labels, seed, data.kind)
     METHODS["bitfit"].select(loaded, terms, layers, True)
     found = compare(loaded, load_tokenizer(model), data, settings, steps, console)
     console.print(found.table(by_layer))

@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import Checkpoint
-from .data.batches import pad, tokenize
-from .data.files import load_files
-from .data.glue import GLUE
-from .data.load import load_task
+from .data.load import load_task, task_name
 from .data.task import Split, TaskData
 from .errors import BitFitError, listed
-from .files import write_text
 from .models.families import biases
 from .training.evaluate import evaluate, predict
 from .training.loop import check_length, choose_device
@@ -24,8 +20,8 @@ from .training.settings import Settings
 
 __all__ = ["bias_changes", "evaluate_checkpoint", "predict_checkpoint", "task_of"]
 
-#: Range of STS-B's scores, which the GLUE server checks.
-_STSB_RANGE = (0.0, 5.0)
+#: Options of `load_task` by which a checkpoint's own splits come about again.
+_SOURCE = ("validation_share", "split_seed")
 
 
 def task_of(
@@ -60,28 +56,40 @@ def task_of(
     BitFitError
         If the task has other labels than the checkpoint, or no such split.
     """
-    header = checkpoint.header
+    header, kind = checkpoint.header, checkpoint.kind
     info = header.task
     if file is not None:
         if task is not None:
             raise BitFitError(f"give a task ('{task}') or a file, not both")
-        column = label_column or info.get("label_column", "label")
-        data = load_files(
-            {split: Path(file)},
-            text_columns or info.get("text_columns", ("text",)),
-            column if labelled else None,
+        if kind.name == "sequence":
+            text_columns = text_columns or info.get("text_columns", ("text",))
+            label_column = label_column or info.get("label_column", "label")
+        options: dict[str, Any] = {f"{split}_file": file}
+        data = load_task(
+            **options,
+            text_columns=text_columns,
+            label_column=label_column,
             labels=header.labels,
             regression=header.labels is None,
+            kinds=(split,),
+            task_kind=kind.name,
+            labelled=labelled,
         )
     else:
         if text_columns or label_column:
             raise BitFitError("text and label columns are of a file, and none is given")
         name = task or info.get("name")
-        if name is None or (task is None and "text_columns" in info):
+        if name is None or (task is None and ("text_columns" in info or name == "files")):
             raise BitFitError(
                 f"{checkpoint.path} was trained on files of its own; name one with --file"
             )
-        data = load_task(name, data_dir=data_dir, kinds=(split,))
+        options = {key: info[key] for key in _SOURCE if key in info and task_name(name) == "squad"}
+        data = load_task(name, data_dir=data_dir, labels=header.labels, kinds=(split,), **options)
+    if data.kind != kind.name:
+        raise BitFitError(
+            f"the task {data.name} is a {data.kind} task, and {checkpoint.path} was trained for "
+            f"{kind.name} tasks"
+        )
     if (None if data.labels is None else list(data.labels)) != header.labels:
         raise BitFitError(
             f"the task {data.name} has the labels {listed(data.labels or ['a score'])}, and "
@@ -105,14 +113,17 @@ def _prepare(
     max_length: int | None,
     precision: str,
     device: str,
-) -> Settings:
-    """Check the settings and move the model to its device."""
-    if max_length is None:
-        max_length = checkpoint.header.task.get("max_length", Settings.max_length)
-    settings = Settings(max_length=max_length, precision=precision, device=device)
-    check_length(settings.max_length, model, tokenizer)
+) -> dict[str, int]:
+    """Check the settings, move the model to its device, and return what features depend on."""
+    kind, info = checkpoint.kind, checkpoint.header.task
+    given = {name: info.get(name) for name in kind.options}
+    if max_length is not None:
+        given["max_length"] = max_length
+    settings = Settings(precision=precision, device=device, **given).for_kind(kind)  # type: ignore[arg-type]
+    options = {name: getattr(settings, name) for name in kind.options}
+    check_length(options["max_length"], model, tokenizer)
     model.to(choose_device(device))
-    return settings
+    return options
 
 
 def evaluate_checkpoint(
@@ -133,14 +144,16 @@ def evaluate_checkpoint(
     BitFitError
         If a split has no labels.
     """
-    settings = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
+    kind = checkpoint.kind
+    options = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
     metrics = checkpoint.header.task.get("metrics") or data.metrics
     scores = {}
     for part in _splits(data, split):
         if part.labels is None:
             raise BitFitError(f"the split {part.name} of {data.name} has no labels to compare with")
-        features = tokenize(part, tokenizer, settings.max_length)
-        scores[part.name] = evaluate(model, features, pad(tokenizer), metrics, precision)
+        encoded = kind.encode(part, tokenizer, options)
+        collate = kind.collate(tokenizer)
+        scores[part.name] = evaluate(model, encoded, collate, metrics, precision)
     return scores
 
 
@@ -156,7 +169,11 @@ def predict_checkpoint(
     precision: str = "fp32",
     device: str = "auto",
 ) -> list[Path]:
-    """Write predictions in the form of GLUE's submissions: `index` and `prediction`.
+    """Write predictions for each split of the kind `split`.
+
+    Labels of texts go in the form of GLUE's submissions, `index` and `prediction`; answers in
+    that of SQuAD's script, JSON of id and answer, with the n best beside it; tags in CoNLL-U
+    where the data is, else in two columns, `_` for a word that the model did not see.
 
     Parameters
     ----------
@@ -174,37 +191,17 @@ def predict_checkpoint(
     Returns
     -------
     list of Path
-        The files: two for MNLI, else one.
+        The files: two for MNLI and for answers, else one.
     """
-    settings = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
+    kind = checkpoint.kind
+    options = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
     paths = []
     for part in _splits(data, split):
         # labels play no part here, and some files only pretend to have them
-        unlabelled = Split(part.name, part.texts, None)
-        features = tokenize(unlabelled, tokenizer, settings.max_length)
-        logits, _ = predict(model, features, pad(tokenizer), precision=precision)
-        lines = [f"{i}\t{text}" for i, text in enumerate(_written(data, logits))]
-        path = Path(output) / f"{_submission_name(data.name, part.name)}.tsv"
-        write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")
-        paths.append(path)
+        encoded = kind.encode(part.unlabelled(), tokenizer, options)
+        predictions, _ = predict(model, encoded, kind.collate(tokenizer), precision=precision)
+        paths += kind.write(data, part, predictions, Path(output))
     return paths
-
-
-def _submission_name(task: str, split: str) -> str:
-    if task not in GLUE:
-        return f"{task}-{split}"
-    suffix = {"matched": "-m", "mismatched": "-mm"}.get(split.partition("_")[2], "")
-    return GLUE[task].folder + suffix
-
-
-def _written(data: TaskData, logits: Tensor) -> list[str]:
-    if data.labels is None:
-        values = logits.squeeze(-1)
-        if data.name == "stsb":
-            values = values.clamp(*_STSB_RANGE)
-        return [f"{value:.3f}" for value in values.tolist()]
-    names = (GLUE[data.name].written_labels if data.name in GLUE else None) or data.labels
-    return [names[i] for i in logits.argmax(-1).tolist()]
 
 
 def bias_changes(base: nn.Module, checkpoint: Checkpoint) -> dict[tuple[str, int | None], float]:

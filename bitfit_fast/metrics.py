@@ -13,8 +13,9 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_matthews_corrcoef,
 )
+from torchmetrics.functional.text import squad
 
-__all__ = ["METRICS", "compute"]
+__all__ = ["METRICS", "answer_scores", "compute", "tag_scores"]
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,3 +89,44 @@ def compute(names: Sequence[str], logits: Tensor, labels: Sequence[float]) -> di
     values = {name: float(METRICS[name](logits, target)) for name in names}
     # torchmetrics divides in fp32, whose eighth digit is noise
     return {name: round(v, 7) if math.isfinite(v) else 0.0 for name, v in values.items()}
+
+
+def answer_scores(
+    names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Compute SQuAD's metrics, `f1` and `exact_match`, each from 0 to 1.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of the metrics, in the order to be returned.
+    predictions : sequence of str
+        An answer a question.
+    references : sequence of sequence of str
+        The answers of each question that are right; the best match counts.
+    """
+    given = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predictions)]
+    true = [{"id": str(i), "answers": {"text": list(r)}} for i, r in enumerate(references)]
+    found = squad(given, true)  # type: ignore[arg-type]
+    # sums in fp32, whose eighth digit is noise
+    return {name: round(float(found[name]) / 100, 6) for name in names}
+
+
+def tag_scores(
+    names: Sequence[str],
+    predictions: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]],
+) -> dict[str, float]:
+    """Compute `accuracy`, the share of words whose tag is right.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of the metrics.
+    predictions, references : sequence of sequence of int
+        A tag's index for each word of each sentence; a negative one is never right.
+    """
+    pairs = [pair for p, r in zip(predictions, references) for pair in zip(p, r)]
+    right = sum(p == r and r >= 0 for p, r in pairs)
+    values = {"accuracy": right / max(1, len(pairs))}
+    return {name: round(values[name], 7) for name in names}

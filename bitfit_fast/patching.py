@@ -256,6 +256,7 @@ def patch_encoder(
     selection: Selection | None = None,
     precision: str = "bf16",
     memory: str = "fast",
+    reads_padding: bool | None = None,
 ) -> PatchedEncoder:
     """Let all encoder layers of a model run as one operation, in place.
 
@@ -281,6 +282,10 @@ def patch_encoder(
         and for a width of d at most 18 d + 8, 14 d + 8, 10 d + 8, 4 d + 8 bytes a token and
         layer (8 more in ViT and DeiT). `low` keeps the activation's derivative in 8 bits,
         which is the only approximation; the last two compute again what they do not keep.
+    reads_padding : bool, optional
+        Whether what the caller makes of the outputs depends on those at padding. By default it
+        does under the heads for question answering, whose own loss compares all scores: with
+        them, batches with padding take the model's own layers. False promises that it does not.
 
     Returns
     -------
@@ -294,7 +299,7 @@ def patch_encoder(
         Later, at the next batch, if a frozen weight has changed.
     """
     _refuse_patched(model)
-    encoder = install(model, precision, memory)
+    encoder = install(model, precision, memory, reads_padding=reads_padding)
     names = _skip_zero_gradients(model, selection or Selection.of(model))
     stack = encoder.stack
     return PatchedEncoder(len(stack.layers), precision, memory, stack.first_only, names)

@@ -13,7 +13,7 @@ from ..errors import BitFitError, listed
 from .labels import class_index, score
 from .task import Split, TaskData
 
-__all__ = ["load_files", "text_lines", "tsv_cells"]
+__all__ = ["json_rows", "load_files", "text_lines", "tsv_cells"]
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its columns
 Cells = tuple[str, list[str]]
@@ -87,7 +87,14 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
     return _table(tsv_cells(path))
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path) -> Iterator[Row]:
+    """Yield the place and the object of each line that is not blank.
+
+    Raises
+    ------
+    BitFitError
+        At the first line that is no JSON object.
+    """
     for where, line in text_lines(path):
         if not line.strip():
             continue
@@ -119,8 +126,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _csv_rows,
     ".tsv": _tsv_rows,
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
+    ".jsonl": json_rows,
+    ".json": json_rows,
     ".parquet": _parquet_rows,
 }
 

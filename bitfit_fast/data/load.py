@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BitFitError, listed
+from ..kinds import KINDS
 from .files import load_files
 from .glue import GLUE, load_glue
 from .reviews import load_reviews
+from .squad import is_span_file, load_span_files, load_squad
+from .tags import load_pos, load_tag_files
 from .task import TaskData
 
-__all__ = ["TASKS", "load_task", "task_name"]
+__all__ = ["TASKS", "kind_of_files", "load_task", "task_name"]
 
-_REVIEWS = "reviews"
+_REVIEWS, _SQUAD, _POS = "reviews", "squad", "pos"
 
 #: Names of the built-in tasks.
-TASKS = (*GLUE, _REVIEWS)
+TASKS = (*GLUE, _SQUAD, _POS, _REVIEWS)
 
 _KINDS = ("train", "validation", "test")
+
+#: Endings that say of themselves that words are tagged.
+_TAGGED = (".conllu", ".conll")
 
 PathLike = str | os.PathLike[str]
 
@@ -38,6 +44,34 @@ def task_name(name: str) -> str:
     return plain
 
 
+def kind_of_files(files: Sequence[Path], kind: str | None = None) -> str:
+    """Return which of `KINDS` the examples of files are: `kind`, or what the files look like.
+
+    Files that end in `.conllu` or `.conll` hold tagged words; JSON in SQuAD's format, and JSON
+    lines with a context, a question and answers, hold spans.
+
+    Raises
+    ------
+    BitFitError
+        For an unknown kind, or files of several.
+    """
+    if kind is not None:
+        if kind not in KINDS:
+            raise BitFitError(f"unknown task kind '{kind}'; valid ones are {listed(KINDS)}")
+        return kind
+    found = {}
+    for path in files:
+        if path.suffix.lower() in _TAGGED:
+            found[path] = "token"
+        else:
+            found[path] = "span" if is_span_file(path) else "sequence"
+    kinds = list(dict.fromkeys(found.values()))
+    if len(kinds) > 1:
+        each = listed(f"{path} ({kind})" for path, kind in found.items())
+        raise BitFitError(f"the files are of several kinds: {each}; say which with --task-kind")
+    return kinds[0]
+
+
 def load_task(
     task: str | None = None,
     *,
@@ -50,24 +84,40 @@ def load_task(
     labels: Sequence[str] | None = None,
     regression: bool | None = None,
     kinds: Sequence[str] = ("train", "validation"),
+    task_kind: str | None = None,
+    validation_share: float | None = None,
+    split_seed: int = 0,
+    labelled: bool = True,
 ) -> TaskData:
     """Load a task's splits.
 
     Parameters
     ----------
     task : str, optional
-        A GLUE task (`cola sst2 mrpc stsb qqp mnli qnli rte wnli`), or `reviews`, which
-        is generated.
+        A GLUE task (`cola sst2 mrpc stsb qqp mnli qnli rte wnli`), `squad`, `pos`, or
+        `reviews`, which is generated.
     data_dir : str or PathLike, optional
-        For a GLUE task: folder with GLUE's own task folders. Without it the hub is asked.
+        Folder with GLUE's own task folders, with SQuAD's JSON files, or with a treebank's
+        CoNLL-U files; for `squad` also one JSON file. Without it the hub is asked.
     train_file, validation_file, test_file : str or PathLike, optional
-        Instead of `task`: CSV, TSV, JSON-lines or Parquet files.
+        Instead of `task`: CSV, TSV, JSON-lines or Parquet files of labelled texts; JSON in
+        SQuAD's format or JSON lines of questions on a text; CoNLL-U or two columns for tags.
     text_columns, label_column : sequence of str, str
-        Columns of those files, by default `text` and `label`; two text columns make a pair.
-    labels, regression
-        Of those files: see `bitfit_fast.data.files.load_files`.
+        Columns of labelled texts, by default `text` and `label`; two text columns make a pair.
+    labels : sequence of str, optional
+        Of files and of `pos`: classes or tags in index order; by default those of the
+        training set, sorted.
+    regression : bool, optional
+        Of labelled texts: see `bitfit_fast.data.files.load_files`.
     kinds : sequence of str
         Which of `train`, `validation`, `test` to load.
+    task_kind : str, optional
+        What the examples of files are: `sequence`, `span` or `token`; see `kind_of_files`.
+    validation_share, split_seed : float, int
+        For `squad` from a single file: the share of its articles that is for validation, by
+        default 0.2, and the seed by which they are chosen.
+    labelled : bool
+        Whether to read the labels of files.
 
     Raises
     ------
@@ -85,14 +135,38 @@ def load_task(
             raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
         if data_dir is not None:
             raise BitFitError(f"files take no data folder, got {data_dir}")
-        return load_files(
-            files, text_columns or ("text",), label_column or "label", labels, regression
-        )
+        _refuse_share(validation_share, "files")
+        # columns are of labelled texts
+        implied = "sequence" if text_columns or label_column else None
+        kind = kind_of_files(list(files.values()), task_kind or implied)
+        if kind == "sequence":
+            column = label_column or "label"
+            return load_files(
+                files, text_columns or ("text",), column if labelled else None, labels, regression
+            )
+        if text_columns or label_column:
+            raise BitFitError(f"text and label columns are of labelled texts, not of {kind} files")
+        if kind == "span":
+            return load_span_files(files, labelled)
+        return load_tag_files(files, labels, labelled)
     if text_columns or label_column:
         raise BitFitError(f"text and label columns are of files; the task '{task}' has its own")
+    if task_kind is not None:
+        raise BitFitError(f"the task kind is of files; the task '{task}' has its own")
     name = task_name(task)
+    folder = None if data_dir is None else Path(data_dir)
+    if name == _SQUAD:
+        return load_squad(folder, tuple(kinds), validation_share, split_seed)
+    _refuse_share(validation_share, f"the task '{name}'")
+    if name == _POS:
+        return load_pos(folder, tuple(kinds), labels)
     if name == _REVIEWS:
         if data_dir is not None:
             raise BitFitError("the task 'reviews' is generated and takes no data folder")
         return load_reviews()
-    return load_glue(name, None if data_dir is None else Path(data_dir), tuple(kinds))
+    return load_glue(name, folder, tuple(kinds))
+
+
+def _refuse_share(share: float | None, what: str) -> None:
+    if share is not None:
+        raise BitFitError(f"a validation share is of the task 'squad' from one file, not of {what}")

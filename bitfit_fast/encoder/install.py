@@ -296,6 +296,7 @@ def install(
     memory: str = "fast",
     first_only: bool | None = None,
     stops: bool = True,
+    reads_padding: bool | None = None,
 ) -> Encoder:
     """Let a model run its encoder as one operation, in place.
 
@@ -313,6 +314,9 @@ def install(
         default where the table says that it does.
     stops : bool
         Whether the backward pass ends at the lowest bias that trains.
+    reads_padding : bool, optional
+        Whether what comes behind the encoder looks at tokens of padding; by default where
+        the table says that the model's head does.
 
     Returns
     -------
@@ -377,7 +381,9 @@ def install(
         row,
         base.embeddings,  # type: ignore[arg-type]
         projects=hasattr(base, "embeddings_project"),
-        reads_padding=head.endswith(row.padding) or elsewhere,
+        reads_padding=(
+            head.endswith(row.padding) or elsewhere if reads_padding is None else reads_padding
+        ),
     )
     container = base.get_submodule(row.container)
     for module, mixin in ((base, _Base), (container, _container(container))):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import BitFitError, BitFitWarning, listed
+from ..kinds import KINDS, Kind
 from ..tensorfile import ALIGNMENT
 from .families import head_prefix
 
@@ -96,23 +97,31 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def describe_model(name: str) -> Any:
+def _row(kind: str) -> Kind:
+    if kind not in KINDS:
+        raise BitFitError(f"unknown task kind '{kind}'; valid ones are {listed(KINDS)}")
+    return KINDS[kind]
+
+
+def _auto_class(kind: Kind) -> Any:
+    """Return the class that finds a model with the head of a kind of task."""
+    import transformers
+
+    return getattr(transformers, f"AutoModel{kind.head}")
+
+
+def describe_model(name: str, kind: str = "sequence") -> Any:
     """Return a model of any kind without its weights, to see which parameters it has.
 
     Only the configuration is read; the parameters lie on the meta device. A model that
-    cannot classify text comes without a head.
+    has no head for this kind of task, by default to classify text, comes without one.
     """
-    from transformers import (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        AutoConfig,
-        AutoModel,
-        AutoModelForSequenceClassification,
-    )
+    from transformers import AutoConfig, AutoModel
 
     config = _load("configuration", name, AutoConfig.from_pretrained)
-    classifies = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    auto = _auto_class(_row(kind))
     with torch.device("meta"):
-        return (AutoModelForSequenceClassification if classifies else AutoModel).from_config(config)
+        return (auto if type(config) in auto._model_mapping else AutoModel).from_config(config)
 
 
 def align_weights(model: nn.Module) -> None:
@@ -147,18 +156,23 @@ def ensure_padding(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
-    """Load a pretrained model with a classification or regression head.
+def load_model(
+    name: str, labels: Sequence[str] | None, seed: int = 0, kind: str = "sequence"
+) -> Any:
+    """Load a pretrained model with the head of a kind of task.
 
     Parameters
     ----------
     name : str
         Hub name or local folder of any model that `AutoModelForSequenceClassification`
-        takes. A head of another size is replaced by a new one.
+        takes, or the class for the kind of task. A head of another size is replaced by a
+        new one.
     labels : sequence of str, or None
-        Class names in index order; None for a regression head.
+        Names of classes or tags in index order; None for a regression head, and for spans.
     seed : int
         Seed of a new head's weights, and of whatever else the files do not hold.
+    kind : str
+        `sequence`, `span` or `token`, as `TaskData.kind` has it.
 
     Returns
     -------
@@ -175,17 +189,9 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
     BitFitWarning
         If part of the base is not in the files, so that it starts at random.
     """
-    from transformers import AutoModelForSequenceClassification
-
+    row = _row(kind)
     if labels is not None and len(labels) < 2:
         raise BitFitError(f"a classification needs two labels or more, not {len(labels)}")
-    names = ["LABEL_0"] if labels is None else labels
-    options = {
-        # the number of labels follows; to pass it as well sets off a warning
-        "id2label": dict(enumerate(names)),
-        "label2id": {label: i for i, label in enumerate(names)},
-        "problem_type": "regression" if labels is None else "single_label_classification",
-    }
     torch.manual_seed(seed)
     # that the head is new is no news here, and a failure is told in one sentence
     reports = logging.getLogger("transformers")
@@ -195,12 +201,12 @@ def load_model(name: str, labels: Sequence[str] | None, seed: int = 0) -> Any:
         model, report = _load(
             "model",
             name,
-            AutoModelForSequenceClassification.from_pretrained,
+            _auto_class(row).from_pretrained,
             dtype=torch.float32,
             use_safetensors=True,  # never a pickle
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **options,
+            **row.configure(labels),
         )
     finally:
         reports.setLevel(level)

@@ -65,8 +65,8 @@ class Backend(Protocol):
         user of it.
         """
 
-    def collate(self, tokenizer: Any, plan: Plan) -> Collate:
-        """Return how batches are formed from any number of examples.
+    def collate(self, tokenizer: Any, plan: Plan, kind: str = "sequence") -> Collate:
+        """Return how batches are formed from any number of examples of a kind of task.
 
         Which examples a batch has is not the backend's choice, so that results of backends
         can be compared.

@@ -3,74 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Collate, Features, evaluation_batches, move
+from ..data.batches import Collate, evaluation_batches, move
 from ..encoder import for_model
+from ..kinds import KINDS, Encoded, forward
 
 __all__ = ["evaluate", "predict"]
 
 
 def predict(
     model: nn.Module,
-    features: Features,
+    encoded: Encoded,
     collate: Collate,
     batch_size: int = 32,
     precision: str = "fp32",
-) -> tuple[Tensor, float | None]:
+) -> tuple[Any, float | None]:
     """Run the model over all examples.
 
     Parameters
     ----------
     model : nn.Module
         Put into evaluation mode for the call.
-    features : list of dict
-        From `tokenize`.
+    encoded : Encoded
+        A split as the kind's `encode` made it.
     collate : callable
         How batches are formed.
     batch_size : int
-        Examples a batch.
+        Features a batch.
     precision : str
         `fp32` or `bf16`.
 
     Returns
     -------
-    logits : Tensor
-        `[N, classes]` fp32 on the CPU, in the order of `features`.
+    predictions : sequence
+        One an example, as the kind's `decode` makes them: logits `[N, classes]`, the best
+        answers of each question, the tags of each sentence's words.
     loss : float or None
-        Mean over examples; None without labels.
+        Mean over what the loss is of: examples, windows, or words; None without labels.
     """
     device = next(model.parameters()).device
-    labelled = "labels" in features[0]
-    logits: list[Tensor] = [torch.empty(0)] * len(features)
-    total = torch.zeros((), device=device, dtype=torch.float64)
+    kind, features = KINDS[encoded.kind], encoded.features
+    labelled = encoded.split.labels is not None
+    kept: list[Tensor] = [torch.empty(0)] * len(features)
+    total, weight = torch.zeros((), device=device, dtype=torch.float64), 0
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
             for indices, batch in evaluation_batches(features, collate, batch_size):
-                output = model(**for_model(model, move(batch, device)))
-                for i, row in zip(indices, output.logits.float().cpu()):
-                    logits[i] = row
-                if labelled:
-                    total += output.loss.double() * len(indices)
+                weighs = kind.weigh(batch) if labelled else 0
+                output = forward(model, for_model(model, move(batch, device)))
+                for i, row in zip(indices, kind.keep(output)):
+                    kept[i] = row
+                if weighs:  # the mean of nothing is not a number
+                    total += output.loss.double() * weighs
+                    weight += weighs
     finally:
         model.train(was_training)
-    return torch.stack(logits), total.item() / len(features) if labelled else None
+    return kind.decode(encoded, kept), total.item() / max(1, weight) if labelled else None
 
 
 def evaluate(
     model: nn.Module,
-    features: Features,
+    encoded: Encoded,
     collate: Collate,
     metrics: Sequence[str],
     precision: str = "fp32",
 ) -> dict[str, float]:
     """Return `loss` and the metrics over labelled examples."""
-    from ..metrics import compute  # torchmetrics takes a second that --help need not wait for
-
-    logits, loss = predict(model, features, collate, precision=precision)
-    labels = [feature["labels"] for feature in features]
-    return {"loss": loss or 0.0, **compute(metrics, logits, labels)}
+    predictions, loss = predict(model, encoded, collate, precision=precision)
+    scores = KINDS[encoded.kind].score(metrics, predictions, encoded.split)
+    return {"loss": loss or 0.0, **scores}

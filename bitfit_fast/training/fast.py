@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..arena import Arena, ArenaAdamW
-from ..data.batches import Batch, Collate, Features, pad
+from ..data.batches import Batch, Collate, Features
 from ..encoder import LENGTHS, MEMORY, encoder_of, for_model, refusal
 from ..errors import BitFitError
 from ..kernels import native
+from ..kinds import KINDS, forward, kind_of
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
@@ -75,7 +76,7 @@ class FastStep:
         self.arena.zero_gradients()
         idle = self._without_gradient() if not self.steps else []
         try:
-            loss = self.model(**for_model(self.model, batch)).loss
+            loss = forward(self.model, for_model(self.model, batch)).loss
             loss.backward()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -165,18 +166,26 @@ class FastBackend:
         self, model: nn.Module, selection: Selection, plan: Plan
     ) -> tuple[Callable[[], None], str]:
         """Let the encoder run as one operation."""
-        done = patch_encoder(model, selection, precision=plan.precision, memory=plan.memory)
+        # the loss of spans leaves padding out, whatever the model's own would do
+        spans = not kind_of(type(model).__name__).classes
+        done = patch_encoder(
+            model,
+            selection,
+            precision=plan.precision,
+            memory=plan.memory,
+            reads_padding=False if spans else None,
+        )
         said = str(done)
         if plan.device.type == "cpu" and (reason := native.unavailable()):
             said += f"\nwithout the kernels for CPUs, which makes it slow: {reason}"
         return partial(unpatch, model), said
 
-    def collate(self, tokenizer: Any, plan: Plan) -> Collate:
+    def collate(self, tokenizer: Any, plan: Plan, kind: str = "sequence") -> Collate:
         """Pad each batch to its longest example; the model takes the padding out.
 
         It is told the lengths, which are known here without asking the device.
         """
-        padded = pad(tokenizer)
+        padded = KINDS[kind].collate(tokenizer)
         if tokenizer.padding_side != "right":
             return padded
 

@@ -8,7 +8,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from ..checkpoint import fingerprint, save, stored, versions
-from ..data.batches import move, tokenize, training_batches
-from ..data.task import TaskData
+from ..data.batches import move, training_batches
+from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning, listed
 from ..files import write_json
+from ..kinds import KINDS, Encoded, kind_of
 from ..models.loading import align_weights, ensure_padding
 from ..plots import learning_curves
 from ..selection import HEAD, Selection
@@ -80,14 +80,21 @@ def check_length(max_length: int, model: nn.Module, tokenizer: Any) -> None:
 
 
 def check_outputs(model: nn.Module, data: TaskData) -> None:
-    """Check that the model has an output for each label of the task, and fp32 parameters.
+    """Check that the model has the head that the task needs, and fp32 parameters.
 
     Raises
     ------
     BitFitError
-        With the numbers of outputs, or the name of a parameter of another dtype.
+        With the kinds or numbers of outputs, or the name of a parameter of another dtype.
     """
-    needed = 1 if data.labels is None else len(data.labels)
+    kind, made_for = KINDS[data.kind], kind_of(name := type(model).__name__)
+    # a class of one's own may have any name
+    if made_for is not kind and (name.endswith(made_for.head) or not kind.classes):
+        raise BitFitError(
+            f"the task {data.name} needs a model {kind.head}, and this is a {name}; load it with "
+            f"AutoModel{kind.head}, or load_model(..., kind='{kind.name}')"
+        )
+    needed = 1 if data.regression else 2 if data.labels is None else len(data.labels)
     found = getattr(model.config, "num_labels", needed)
     if found != needed:
         raise BitFitError(
@@ -105,10 +112,8 @@ def check_outputs(model: nn.Module, data: TaskData) -> None:
 def _name_outputs(model: nn.Module, data: TaskData) -> None:
     """Write the task's labels into the model's configuration, for checkpoints and pipelines."""
     config: Any = model.config
-    config.problem_type = "regression" if data.regression else "single_label_classification"
-    if data.labels is not None:
-        config.id2label = dict(enumerate(data.labels))
-        config.label2id = {label: i for i, label in enumerate(data.labels)}
+    for key, value in KINDS[data.kind].configure(data.labels).items():
+        setattr(config, key, value)
 
 
 def choose_device(name: str) -> torch.device:
@@ -153,6 +158,8 @@ class _Run:
         folder: RunFolder | None,
         console: Console | None,
     ) -> None:
+        self.kind = KINDS[data.kind]
+        settings = settings.for_kind(self.kind)
         self.model, self.data, self.settings = model, data, settings
         self.folder, self.console = folder, console
         self.selection = Selection.of(model)
@@ -166,6 +173,7 @@ class _Run:
                 "BitFitTrainer trains in several"
             )
         check_outputs(model, data)
+        assert settings.max_length is not None
         check_length(settings.max_length, model, tokenizer)
         ensure_padding(model, tokenizer)
         validation = {n: s for n, s in data.splits.items() if n.startswith("validation")}
@@ -175,24 +183,31 @@ class _Run:
             )
         self.device = choose_device(settings.device)
         examples = max(1, round(settings.train_fraction * len(data.train)))
-        self.plan = Plan.of(settings, self.selection.method, examples, self.device)
+        train = data.train.take(_subset(len(data.train), examples, settings.seed))
+        self.features = self._encoded(train, tokenizer).features
+        self.plan = Plan.of(settings, self.selection.method, len(self.features), self.device)
         self.backend, self.why = choose_backend(settings.backend, model, self.selection, self.plan)
         self.base = fingerprint(model, stored(model))
 
-        train = data.train.take(_subset(len(data.train), examples, settings.seed))
-        self.features = tokenize(train, tokenizer, settings.max_length)
         # as many training examples as validation examples are evaluated, so that the
         # generalisation gap costs no more than the validation itself
         sample = min(map(len, validation.values()), default=_TRAIN_SAMPLE)
         chosen = _subset(examples, sample, settings.seed + 1)
-        self.evaluated = {"train": [self.features[i] for i in chosen]}
-        for name, split in validation.items():
-            self.evaluated[name] = tokenize(split, tokenizer, settings.max_length)
+        self.evaluated = {
+            name: self._encoded(split, tokenizer)
+            for name, split in {"train": train.take(chosen), **validation}.items()
+        }
         self.judge = next(iter(validation), None)
 
-        self.collate = self.backend.collate(tokenizer, self.plan)
+        self.collate = self.backend.collate(tokenizer, self.plan, self.kind.name)
         self.progress = Progress()
         self.clock = StepClock()
+
+    def _encoded(self, split: Split, tokenizer: Any) -> Encoded:
+        return self.kind.encode(split, tokenizer, self._options())
+
+    def _options(self) -> dict[str, int]:
+        return {name: getattr(self.settings, name) for name in self.kind.options}
 
     def described(self) -> dict[str, Any]:
         """Return what makes this run the one that it is."""
@@ -204,7 +219,7 @@ class _Run:
             "layers": list(self.selection.layers),
             "head": HEAD in self.selection.counts,
             "data": self.data.digest(),
-            **asdict(self.settings),
+            **self.settings.described(),
             "backend": self.backend.name,
             "device": self.device.type,
         }
@@ -329,10 +344,10 @@ class _Run:
         """Evaluate every split, and keep what a later look or a resumed run needs."""
         progress, main = self.progress, self.data.metrics[0]
         rows: list[dict[str, Any]] = []
-        for name, features in self.evaluated.items():
+        for name, encoded in self.evaluated.items():
             self.bar.update(self.bar_task, speed=f"evaluating {name}")
             scores = evaluate(
-                self.model, features, self.collate, self.data.metrics, self.settings.precision
+                self.model, encoded, self.collate, self.data.metrics, self.settings.precision
             )
             # a broken update shows here first: nothing of it may reach the checkpoint
             self._check_finite(scores["loss"], progress.step)
@@ -384,7 +399,8 @@ class _Run:
         task: dict[str, Any] = {
             "name": self.data.name,
             "metrics": list(self.data.metrics),
-            "max_length": self.settings.max_length,
+            **self._options(),
+            **self.data.source,
         }
         if self.data.columns:
             task["text_columns"], task["label_column"] = self.data.columns

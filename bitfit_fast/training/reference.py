@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Collate, pad
+from ..data.batches import Batch, Collate
 from ..encoder import MEMORY
+from ..kinds import KINDS, forward
 from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
 
@@ -45,7 +46,7 @@ class ReferenceStep:
         self.optimizer.zero_grad()
         bf16 = self.plan.precision == "bf16"
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=bf16):
-            loss = self.model(**batch).loss
+            loss = forward(self.model, batch).loss
         loss.backward()
         if self.plan.grad_clip:
             nn.utils.clip_grad_norm_(self.trained.values(), self.plan.grad_clip)
@@ -97,9 +98,9 @@ class ReferenceBackend:
         """Leave the model as it is."""
         return lambda: None, ""
 
-    def collate(self, tokenizer: Any, plan: Plan) -> Collate:
+    def collate(self, tokenizer: Any, plan: Plan, kind: str = "sequence") -> Collate:
         """Pad each batch to its longest example."""
-        return pad(tokenizer)
+        return KINDS[kind].collate(tokenizer)
 
     def step(self, model: nn.Module, plan: Plan) -> ReferenceStep:
         """Return the reference step."""

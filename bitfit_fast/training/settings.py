@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from ..encoder import MEMORY, PRECISIONS
 from ..errors import BitFitError, BitFitWarning, listed
+from ..kinds import KINDS, Kind
 from ..selection import METHODS
 
 __all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings"]
@@ -41,8 +43,13 @@ class Settings:
     max_steps : int, optional
         Optimiser steps; with `epochs`, what ends first. With neither: 3 epochs, and no
         fewer than 500 steps.
-    batch_size, max_length : int
-        Examples a step; tokens an example.
+    batch_size : int
+        Examples a step.
+    max_length : int, optional
+        Tokens an example; by default 128, and 384 for a window of a span task.
+    doc_stride, max_answer_length : int, optional
+        Of span tasks: tokens that neighbouring windows of a text share, by default 128, and
+        tokens of the longest answer, by default 30.
     warmup : float
         Share of the steps in which the learning rate rises from zero.
     schedule : str
@@ -76,7 +83,9 @@ class Settings:
     epochs: float | None = None
     max_steps: int | None = None
     batch_size: int = 16
-    max_length: int = 128
+    max_length: int | None = None
+    doc_stride: int | None = None
+    max_answer_length: int | None = None
     warmup: float = 0.06
     schedule: str = "linear"
     seed: int = 0
@@ -96,6 +105,8 @@ class Settings:
             ("max_steps", lambda v: v >= 1, "at least 1"),
             ("batch_size", lambda v: v >= 1, "at least 1"),
             ("max_length", lambda v: v >= 8, "at least 8"),
+            ("doc_stride", lambda v: v >= 0, "at least 0"),
+            ("max_answer_length", lambda v: v >= 1, "at least 1"),
             ("warmup", lambda v: 0 <= v < 1, "from 0 to below 1"),
             ("schedule", lambda v: v in SCHEDULES, f"one of {listed(SCHEDULES)}"),
             ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
@@ -109,6 +120,31 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not valid(value):
                 raise BitFitError(f"{name.replace('_', '-')} must be {ranges}, not {value}")
+
+    def for_kind(self, kind: Kind) -> Settings:
+        """Return the settings with what depends on the kind of task filled in.
+
+        Raises
+        ------
+        BitFitError
+            For a setting that this kind does not know.
+        """
+        for name in {name for row in KINDS.values() for name in row.options} - set(kind.options):
+            if getattr(self, name) is not None:
+                raise BitFitError(
+                    f"{name.replace('_', '-')} is not of a {kind.name} task; it takes "
+                    f"{listed(name.replace('_', '-') for name in kind.options)}"
+                )
+        filled: dict[str, Any] = {
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, default in kind.options.items()
+        }
+        return replace(self, **filled)
+
+    def described(self) -> dict[str, Any]:
+        """Return all settings but those that are left to the kind of task."""
+        left = {name for row in KINDS.values() for name in row.options}
+        return {k: v for k, v in asdict(self).items() if not (k in left and v is None)}
 
 
 @dataclass(frozen=True)
@@ -136,7 +172,7 @@ class Plan:
     precision: str
     grad_clip: float
     batch_size: int
-    max_length: int
+    max_length: int | None
     device: torch.device
     memory: str = MEMORY[0]
 

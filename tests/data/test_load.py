@@ -8,7 +8,7 @@ from bitfit_fast.data.glue import GLUE
 from bitfit_fast.data.load import TASKS, load_task, task_name
 from bitfit_fast.errors import BitFitError, BitFitWarning
 
-VALID = "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, reviews"
+VALID = "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, squad, pos, reviews"
 
 
 @pytest.fixture
@@ -47,13 +47,13 @@ def test_a_task_may_be_spelled_as_its_folder_is(name):
 @pytest.mark.parametrize(
     ("spelling", "name"),
     [("sst_2", "sst2"), ("SST-2", "sst2"), ("Sts-B", "stsb"), ("sts_b", "stsb"),
-     ("CoLA", "cola"), ("Reviews", "reviews")],
+     ("CoLA", "cola"), ("SQuAD", "squad"), ("Reviews", "reviews")],
 )  # fmt: skip
 def test_case_hyphens_and_underscores_do_not_matter(spelling, name):
     assert task_name(spelling) == name
 
 
-@pytest.mark.parametrize("name", ["", "rt", "rte2", "ax", "mnli-mm", "squad", "glue"])
+@pytest.mark.parametrize("name", ["", "rt", "rte2", "ax", "mnli-mm", "squad2", "glue"])
 def test_an_unknown_task_names_the_valid_ones(name):
     expected = f"unknown task '{name}'; valid ones are {VALID}"
     with pytest.raises(BitFitError) as caught:
@@ -62,7 +62,7 @@ def test_an_unknown_task_names_the_valid_ones(name):
     assert fails(name) == expected
 
 
-def test_the_tasks_are_the_nine_of_glue_and_the_reviews():
+def test_the_tasks_are_the_nine_of_glue_and_the_others():
     assert ", ".join(TASKS) == VALID
 
 
