@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from bitfit_fast.data.glue import GLUE
-from bitfit_fast.metrics import METRICS, compute
+from bitfit_fast.metrics import METRICS, answer_scores, compute, tag_scores
 
 #: torchmetrics divides in fp32.
 FP32 = {"rel": 2e-6, "abs": 2e-6}
@@ -184,3 +185,53 @@ def test_values_are_plain_numbers_in_the_order_asked_for():
 
 def test_the_metrics_of_every_task_exist():
     assert {name for task in GLUE.values() for name in task.metrics} == set(METRICS)
+
+
+def official(prediction: str, truths: list[str]) -> tuple[float, bool]:
+    """F1 and exact match of one answer, by the words of SQuAD's paper and script, version 1.1."""
+
+    def plain(text):
+        text = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+        return [word for word in text.split() if word not in ("a", "an", "the")]
+
+    def f1(truth):
+        ours, theirs = plain(prediction), plain(truth)
+        same = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+        return 2 * same / (len(ours) + len(theirs)) if same else 0.0
+
+    return max(map(f1, truths)), any(plain(prediction) == plain(truth) for truth in truths)
+
+
+ANSWERS = [
+    ("The Plot", ["plot"]),
+    ("a plot, and an actor", ["plot and actor", "something"]),
+    ("the the plot", ["plot plot"]),
+    ("3.5 stars", ["35 stars", "five"]),
+    ("theater", ["the ater", "ater"]),
+    ("good good film", ["good film film"]),
+    ("Łódź - naïve", ["łódź  -  NAÏVE"]),
+    ("", ["plot"]),
+    ("nothing right", ["plot", "actor"]),
+    ("co-operation", ["co operation", "cooperation"]),
+]
+
+
+@pytest.mark.parametrize("prediction, truths", ANSWERS)
+def test_answers_are_scored_as_by_squads_own_definition(prediction, truths):
+    found = answer_scores(("f1", "exact_match"), [prediction], [truths])
+    f1, exact = official(prediction, truths)
+    assert list(found) == ["f1", "exact_match"]
+    assert found == pytest.approx({"f1": f1, "exact_match": float(exact)}, abs=1e-6)
+
+
+def test_scores_of_answers_are_means_over_the_questions():
+    many = ANSWERS * 200
+    found = answer_scores(("exact_match", "f1"), *map(list, zip(*many)))
+    values = [official(*pair) for pair in ANSWERS]
+    assert found["f1"] == pytest.approx(sum(f for f, _ in values) / len(values), abs=2e-6)
+    assert found["exact_match"] == pytest.approx(sum(e for _, e in values) / len(values), abs=2e-6)
+
+
+def test_tags_are_scored_by_word():
+    assert tag_scores(("accuracy",), [(1, 2), (0,)], [(1, 1), (0,)]) == {"accuracy": 0.6666667}
+    assert tag_scores(("accuracy",), [(-1, 2)], [(-1, 2)]) == {"accuracy": 0.5}

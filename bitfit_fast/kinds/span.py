@@ -156,8 +156,10 @@ def span_loss(model: Any, batch: Batch) -> Any:
     output = model(**inputs)
     mask = inputs.get("attention_mask")
     padding = output.start_logits.new_zeros(()).bool() if mask is None else mask == 0
+    # in fp32 where they are less
+    dtype = torch.promote_types(output.start_logits.dtype, torch.float32)
     losses = [
-        F.cross_entropy(logits.float().masked_fill(padding, -math.inf), position)
+        F.cross_entropy(logits.to(dtype).masked_fill(padding, -math.inf), position)
         for logits, position in zip((output.start_logits, output.end_logits), positions)
     ]
     output.loss = sum(losses) / 2
