@@ -455,6 +455,7 @@ def parity(
     steps: Annotated[int, typer.Option(help="Of training, with each backend.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
     max_length: TrainedLength = None,
+    doc_stride: DocStride = None,
     seed: Annotated[int, typer.Option(help="Of the head and the order of examples.")] = 0,
     memory: Annotated[str, typer.Option(help=f"One of {listed(MEMORY)}.")] = MEMORY[0],
     device: Device = "auto",
@@ -467,8 +468,9 @@ def parity(
     """
     _quiet()
     settings = Settings(
-        batch_size=batch_size, max_length=max_length, seed=seed, memory=memory, device=device
-    )
+        batch_size=batch_size, max_length=max_length, doc_stride=doc_stride, seed=seed,
+        memory=memory, device=device,
+    )  # fmt: skip
     data = load_task(
         task,
         data_dir=data_dir,

@@ -29,7 +29,7 @@ _FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 _METRICS = ("f1", "exact_match")
 
 #: How a file in SQuAD's format begins, pretty printed or not.
-_BEGINNING = re.compile(r'\s*\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:')
+_BEGINNING = re.compile(r'\s*\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[')
 _COLUMNS = ("context", "question")
 
 
@@ -246,7 +246,7 @@ def _items(value: Any, name: str, where: str) -> list[Any]:
 
 def _field(row: Any, name: str, where: str) -> Any:
     if not isinstance(row, dict):
-        raise BitFitError(f"{where}: {str(row)[:40]!r} is no JSON object")
+        raise BitFitError(f"{where}: '{str(row)[:40]}' is no JSON object")
     if name not in row:
         raise BitFitError(f"{where}: there is no '{name}'; there are {listed(row) or 'none'}")
     return row[name]

@@ -98,6 +98,9 @@ def _encode(split: Split, tokenizer: Any, options: Mapping[str, int]) -> Encoded
         for i, owner in enumerate(owners):
             feature = {key: encoded[key][i] for key in keys}
             sequence = encoded.sequence_ids(i)
+            if 1 not in sequence:
+                name = _names(split)[begin + owner]
+                raise BitFitError(f"the text of question {name} has no token")
             first = sequence.index(1)
             own = torch.tensor(offsets[i][first : first + sequence.count(1)], dtype=torch.int32)
             window = Window(begin + owner, first, own[:, 0].clone(), own[:, 1].clone())
@@ -124,7 +127,12 @@ def _shortened(questions: list[str], tokenizer: Any, most: int) -> tuple[list[st
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
     long = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > most]
     for i in long:
-        questions[i] = questions[i][: encoded["offset_mapping"][i][most - 1][1]]
+        whole, offsets = questions[i], encoded["offset_mapping"][i]
+        for kept in range(most, 0, -1):
+            questions[i] = whole[: offsets[kept - 1][1]]
+            # a word that is cut may have more pieces than it had
+            if len(tokenizer(questions[i], add_special_tokens=False)["input_ids"]) <= most:
+                break
     return questions, len(long)
 
 

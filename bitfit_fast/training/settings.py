@@ -21,6 +21,8 @@ MIN_STEPS = 500
 #: Range of learning rates that the BitFit paper used (Ben Zaken et al. 2022).
 PAPER_LR = (1e-4, 1e-3)
 DEFAULT_EPOCHS = 3
+#: Settings whose default is the kind of task's.
+_OF_KINDS = {name for kind in KINDS.values() for name in kind.options}
 DEFAULT_EVALUATIONS = 10
 
 #: Factor of the learning rate after warm-up, at progress 0..1 through the remaining steps.
@@ -129,11 +131,11 @@ class Settings:
         BitFitError
             For a setting that this kind does not know.
         """
-        for name in {name for row in KINDS.values() for name in row.options} - set(kind.options):
+        for name in sorted(_OF_KINDS - set(kind.options)):
             if getattr(self, name) is not None:
                 raise BitFitError(
                     f"{name.replace('_', '-')} is not of a {kind.name} task; it takes "
-                    f"{listed(name.replace('_', '-') for name in kind.options)}"
+                    f"{listed(option.replace('_', '-') for option in kind.options)}"
                 )
         filled: dict[str, Any] = {
             name: default if getattr(self, name) is None else getattr(self, name)
@@ -143,8 +145,7 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """Return all settings but those that are left to the kind of task."""
-        left = {name for row in KINDS.values() for name in row.options}
-        return {k: v for k, v in asdict(self).items() if not (k in left and v is None)}
+        return {k: v for k, v in asdict(self).items() if not (k in _OF_KINDS and v is None)}
 
 
 @dataclass(frozen=True)

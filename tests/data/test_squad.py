@@ -127,7 +127,7 @@ def test_files_in_both_formats_are_known_by_how_they_begin(tmp_path):
 @pytest.mark.parametrize("name", ["x.csv", "x.json", "x.jsonl", "none.json"])
 def test_other_files_are_no_spans(tmp_path, name):
     if name.startswith("x"):
-        (tmp_path / name).write_text('{"text": "the data", "label": "a"}\n')
+        (tmp_path / name).write_text('{"data": 3, "text": "x", "label": "a"}\n')
     assert not is_span_file(tmp_path / name)
 
 
@@ -185,8 +185,12 @@ def test_broken_files_are_named(tmp_path):
     good["paragraphs"][0]["qas"][1]["answers"][0]["answer_start"] = 3
     squad(path, good)
     assert fails(train_file=path).startswith(f"{path}, question A-1: the answer 'one actor' is not")
+    squad(path, [])
+    assert fails(train_file=path) == f"{path}, article 1: '[]' is no JSON object"
     path.write_text('{"data": 3}')
-    assert fails(train_file=path) == f"{path}: 'data' is no list; is it in SQuAD's format?"
+    assert fails(train_file=path, task_kind="span") == (
+        f"{path}, line 1: there is no 'context'; there are data"
+    )
 
 
 def test_folders_without_the_files_are_refused(tmp_path):

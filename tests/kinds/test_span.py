@@ -15,7 +15,7 @@ from bitfit_fast.kinds import KINDS, forward
 from bitfit_fast.kinds.span import N_BEST
 from bitfit_fast.models.loading import DEFAULT_MODEL, load_tokenizer
 
-from .conftest import SENTENCES
+from .conftest import SENTENCES, wordpiece
 
 SPAN = KINDS["span"]
 TEXT = " ".join(SENTENCES)
@@ -224,3 +224,9 @@ def test_every_answer_of_the_real_file_is_found_again(data_dir):
     assert scores["exact_match"] > 0.98 and scores["f1"] > 0.99
     for best, ((answer, _),) in zip(found, validation.labels):
         assert answer in best[0].text
+
+
+def test_a_text_of_signs_that_a_tokenizer_drops_is_refused():
+    split = Split("train", (("Who?", "fine"), ("Who?", "\u200d")), None, ("x", "y"))
+    with pytest.raises(BitFitError, match="the text of question y has no token"):
+        SPAN.encode(split, wordpiece(), options())
