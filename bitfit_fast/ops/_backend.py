@@ -71,6 +71,8 @@ def uses_triton(tensor: Tensor, dtype: torch.dtype | None = None, most: int | No
     chosen = _chosen()
     if chosen in ("torch", "native"):
         return False
+    if chosen == "auto" and not (tensor.is_cuda or INTERPRETED):
+        return False  # asked at every operation, so without its reasons
     refusal = _refusal(tensor, dtype, most)
     if refusal is not None and chosen == "triton":
         raise BitFitError(f"{BACKEND_VARIABLE} is 'triton', but {refusal}")
@@ -94,9 +96,9 @@ def uses_native(*tensors: Tensor | None) -> bool:
         return False
     from ..kernels import native
 
-    there = [t for t in tensors if t is not None]
-    if any(t.device.type != "cpu" or t.dtype not in native.DTYPES for t in there):
-        return False
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in native.DTYPES):
+            return False
     reason = native.unavailable()
     if reason is not None and chosen == "native":
         raise BitFitError(f"{BACKEND_VARIABLE} is 'native', but {reason}")
