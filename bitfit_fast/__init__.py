@@ -7,6 +7,7 @@ from .checkpoint import Checkpoint, Header, fingerprint, load, merge, open_model
 from .data.load import load_task
 from .data.task import Split, TaskData
 from .errors import BitFitError, BitFitWarning
+from .methods import METHODS, prepare
 from .models.loading import load_model, load_tokenizer
 from .patching import Patched, PatchedEncoder, patch, patch_encoder, unpatch
 from .selection import Selection, select
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .training.trainer import BitFitTrainer
 
 __all__ = [
+    "METHODS",
     "BitFitError",
     "BitFitTrainer",
     "BitFitWarning",
@@ -37,6 +39,7 @@ __all__ = [
     "open_model",
     "patch",
     "patch_encoder",
+    "prepare",
     "read",
     "save",
     "select",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
+from .additions import Addition, add, addition, base_name, fold, own_state, remove
 from .errors import BitFitError, listed
 from .kinds import Kind, kind_of
+from .methods import METHODS
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
 from .selection import HEAD, Selection, head_names, trained_names
 from .tensorfile import align, digest, read_tensors, write_tensors
@@ -52,7 +56,7 @@ class Header:
     model_class : str
         Class of the model that trained.
     method : str
-        `bitfit`, `full` or `frozen`.
+        A key of `METHODS`.
     terms : list of str
         Terms of the trained biases.
     layers : list of int
@@ -65,6 +69,8 @@ class Header:
         What else the training run knew: the task's name, its columns, the token limit.
     versions : dict of str to str
         Of the software that wrote the file.
+    options : dict
+        The method's own, for one that adds something to the model.
     """
 
     base: str
@@ -77,6 +83,7 @@ class Header:
     labels: list[str] | None
     task: dict[str, Any]
     versions: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,27 +124,44 @@ def stored(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that a checkpoint of the model holds.
 
     They are those that train, and those that train or not and are not in the base model's
-    files: the head, and what else began at random.
+    files: the head, and what else began at random. What a method added is among them with
+    its buffers.
     """
+    own = own_state(model)
     wanted = trained_names(model) | head_names(model) | getattr(model, NEW, frozenset())
-    return tuple(name for name, _ in model.named_parameters() if name in wanted)
+    names = [n for n, _ in model.named_parameters() if base_name(model, n) in wanted or n in wanted]
+    return tuple(dict.fromkeys([*names, *own]))
 
 
 def fingerprint(model: nn.Module, stored: Iterable[str]) -> str:
-    """Return the SHA-256 of everything in the model's state but the parameters `stored`.
+    """Return the SHA-256 of everything in the base's state but the parameters `stored`.
 
-    A weight with several names (tied) counts as stored under each of them.
+    A weight with several names (tied) counts as stored under each of them. What a method
+    added to the model counts for nothing.
     """
     return _fingerprint(model, stored, {})
 
 
 def _fingerprint(model: nn.Module, stored: Iterable[str], instead: Mapping[str, Tensor]) -> str:
     """Return the fingerprint that the model would have with the parameters `instead`."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    left_out = {id(parameters[name]) for name in stored if name in parameters}
-    values = {id(parameters[name]): tensor for name, tensor in instead.items()}
-    state = model.state_dict(keep_vars=True)
-    return digest((n, values.get(id(t), t)) for n, t in state.items() if id(t) not in left_out)
+    extra = addition(model)
+    with contextlib.nullcontext() if extra is None else extra.aside(model):
+        parameters = _base_parameters(model, remove_duplicate=False)
+        left_out = {id(parameters[name]) for name in stored if name in parameters}
+        values = {id(parameters[name]): tensor for name, tensor in instead.items()}
+        state = {
+            base_name(model, name): tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if extra is None or not extra.owns(name)
+        }
+        return digest((n, values.get(id(t), t)) for n, t in state.items() if id(t) not in left_out)
+
+
+def _base_parameters(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+    """Return the parameters of the base and its head, by the names that they have there."""
+    extra = addition(model)
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {base_name(model, n): p for n, p in named if extra is None or not extra.owns(n)}
 
 
 def _labels(model: nn.Module) -> list[str] | None:
@@ -177,9 +201,13 @@ def save(
     Raises
     ------
     BitFitError
-        If nothing in the model trains.
+        If nothing in the model trains, or its method has not come to what it saves.
     """
-    selection = Selection.of(model)
+    selection, extra = Selection.of(model), addition(model)
+    if extra is not None and not extra.settled:
+        raise BitFitError(
+            f"nothing to save yet: method '{selection.method}' has not chosen what it keeps"
+        )
     if not selection.names:
         raise BitFitError("nothing to save: no parameter of the model has requires_grad")
     config = getattr(model, "config", None)
@@ -194,9 +222,10 @@ def save(
         labels=_labels(model),
         task=task or {},
         versions=versions(),
+        options={} if extra is None else extra.options,
     )
-    parameters = dict(model.named_parameters())
-    tensors = {name: parameters[name] for name in stored(model)}
+    parameters = {**_base_parameters(model), **own_state(model)}
+    tensors = {name: parameters[name] for name in map(partial(base_name, model), stored(model))}
     write_tensors(Path(path), {"kind": _KIND, **asdict(header)}, tensors)
 
 
@@ -255,7 +284,10 @@ def load(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read(checkpoint)
     header, tensors = checkpoint.header, checkpoint.tensors
-    parameters = dict(model.named_parameters())
+    kind = _kind(checkpoint)
+    own = {name: t for name, t in tensors.items() if kind is not None and kind.owns(name)}
+    tensors = {name: t for name, t in tensors.items() if name not in own}
+    parameters = _base_parameters(model)
     made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
     missing = [name for name in tensors if name not in parameters]
     if missing:
@@ -280,6 +312,10 @@ def load(
             )
     if hasattr(model, _BACKUP):
         unload(model)
+    remove(model)
+    if kind is not None:
+        _add(kind(header.method, header.options), model, own, made_for)
+    parameters = _base_parameters(model)
     config: Any = getattr(model, "config", None)
     labels = header.labels if config is not None else None
     backup = _Backup(
@@ -288,11 +324,40 @@ def load(
     )
     align_weights(model)
     _put(model, tensors)
+    if (extra := addition(model)) is not None:
+        extra.apply(model)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     setattr(model, _BACKUP, backup)
     return header
+
+
+def _kind(checkpoint: Checkpoint) -> type[Addition] | None:
+    """Return what the method of a checkpoint puts into a model, if anything."""
+    method = checkpoint.header.method
+    if method not in METHODS:
+        raise BitFitError(
+            f"{checkpoint.path} is of the method '{method}', which this version of bitfit_fast "
+            f"does not know; it knows {listed(METHODS, 20)}"
+        )
+    return METHODS[method].kind
+
+
+def _add(extra: Addition, model: nn.Module, own: Mapping[str, Tensor], made_for: str) -> None:
+    """Add what a method saved, or change nothing."""
+    try:
+        add(extra, model, head_names(model), own)
+    except KeyError as error:
+        raise BitFitError(f"{made_for} with options that lack {error}") from None
+    places = own_state(model)
+    fits = places.keys() == own.keys() and all(places[n].shape == t.shape for n, t in own.items())
+    if not fits:
+        remove(model)
+        raise BitFitError(f"{made_for}; what it adds does not fit {type(model).__name__}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            places[name].copy_(tensor)
 
 
 def _loaded_over(model: nn.Module) -> dict[str, Tensor]:
@@ -302,7 +367,7 @@ def _loaded_over(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = _base_parameters(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
@@ -319,6 +384,7 @@ def unload(model: nn.Module) -> None:
     backup: _Backup | None = getattr(model, _BACKUP, None)
     if backup is None:
         raise BitFitError("nothing to unload: no checkpoint was loaded into this model")
+    remove(model)
     _put(model, backup.parameters)
     if backup.labels is not None:
         config: Any = model.config
@@ -383,12 +449,21 @@ def merge(
     Raises
     ------
     BitFitError
-        If the folder exists and is not empty, or the checkpoint cannot be loaded.
+        If the folder exists and is not empty, the checkpoint cannot be loaded, or its method
+        adds what an ordinary model cannot hold.
     """
     folder = Path(output).resolve()  # a rename needs the folder itself, not a link to it or "."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BitFitError(f"{output} exists already; name a new folder to merge into")
+    checkpoint = read(path)
+    kind = _kind(checkpoint)
+    if kind is not None and kind.cannot_merge is not None:
+        raise BitFitError(
+            f"{checkpoint.path} is of the method '{checkpoint.header.method}', which cannot be "
+            f"merged: {kind.cannot_merge}"
+        )
     model, tokenizer, _ = open_model(path, base, any_base)
+    fold(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

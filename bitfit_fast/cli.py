@@ -21,10 +21,11 @@ from .encoder import MEMORY
 from .errors import BitFitError, BitFitWarning, listed
 from .files import write_json
 from .inference import bias_changes, evaluate_checkpoint, predict_checkpoint, task_of
+from .methods import METHODS, prepare
 from .models.loading import DEFAULT_MODEL, describe_model, load_model, load_tokenizer
 from .parity import compare
 from .plots import change_heatmap, check_picture
-from .selection import METHODS
+from .selection import select
 from .training.loop import train as run_training
 from .training.run_folder import RunFolder
 from .training.settings import MIN_STEPS, Settings
@@ -46,7 +47,7 @@ Number = Optional[int]  # noqa: UP045
 Real = Optional[float]  # noqa: UP045
 Location = Optional[Path]  # noqa: UP045
 
-DATA, RUN, SPEED = "Data", "Run", "Hyper-parameters"
+DATA, RUN, SPEED, OPTIONS = "Data", "Run", "Hyper-parameters", "Options of methods"
 Trained = Annotated[Path, typer.Argument(help="A run's folder, or its model.safetensors.")]
 Base = Annotated[
     Text, typer.Option(help="Base model, where it is not to be had by the name in the file.")
@@ -175,6 +176,52 @@ def train(
     ] = "all",
     layers: Annotated[Text, typer.Option(help="Encoder layers, as in 0-5,11; default all.")] = None,
     head: Annotated[bool, typer.Option("--head/--no-head", help="Train the task head.")] = True,
+    parameters: Annotated[
+        Number,
+        typer.Option(
+            help="random-uniform, random-row-col: weights to train; default as many as biases.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
+    share: Annotated[
+        Real,
+        typer.Option(
+            help="diff-pruning: share of the base's parameters to keep; default 0.005.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
+    l0: Annotated[
+        Real,
+        typer.Option(
+            help="diff-pruning: weight of each open gate in the loss; default 1.25e-7.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
+    gate_steps: Annotated[
+        Real,
+        typer.Option(
+            help="diff-pruning: share of the steps before it prunes; default 0.5.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
+    bottleneck: Annotated[
+        Number, typer.Option(help="adapters: their width; default 64.", rich_help_panel=OPTIONS)
+    ] = None,
+    rank: Annotated[Number, typer.Option(help="lora: default 8.", rich_help_panel=OPTIONS)] = None,
+    alpha: Annotated[
+        Real,
+        typer.Option(
+            help="lora: the change is times alpha / rank; default 16.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
+    tokens: Annotated[
+        Number,
+        typer.Option(
+            help="prefix-tuning, prompt-tuning: learned tokens; default 20.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
     output: Annotated[
         Location,
         typer.Option(
@@ -272,7 +319,12 @@ def train(
         patience=patience, backend=backend, device=device, memory=memory,
     )  # fmt: skip
     if method not in METHODS:
-        raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS)}")
+        raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")
+    options = {
+        "parameters": parameters, "share": share, "l0": l0, "gate_steps": gate_steps,
+        "bottleneck": bottleneck, "rank": rank, "alpha": alpha, "tokens": tokens,
+    }  # fmt: skip
+    options = {name: value for name, value in options.items() if value is not None}
     data = load_task(
         task,
         data_dir=data_dir,
@@ -292,7 +344,7 @@ def train(
     RunFolder(output).check(resume, overwrite)
     loaded = load_model(model, data.labels, seed, data.kind)
     tokenizer = load_tokenizer(model)
-    selection = METHODS[method].select(loaded, terms, layers, head)
+    selection = prepare(loaded, method, terms=terms, layers=layers, head=head, seed=seed, **options)
     console.print(selection.table())
     try:
         summary = run_training(
@@ -396,7 +448,7 @@ def inspect(
     if (trained is None) == (model is None):
         raise BitFitError("give either a trained file or --model")
     if model is not None:
-        console.print(METHODS["bitfit"].select(describe_model(model), "all", None, True).table())
+        console.print(select(describe_model(model)).table())
         return
     assert trained is not None
     checkpoint = read(trained)
@@ -412,6 +464,7 @@ def inspect(
         "method": header.method,
         "terms": ", ".join(header.terms) or "none",
         "layers": ", ".join(map(str, header.layers)) or "none",
+        "options": ", ".join(f"{k} {v}" for k, v in header.options.items()) or "none",
         "head": "trained" if header.head else "not trained",
         "labels": ", ".join(header.labels or ["a score" if checkpoint.kind.classes else "spans"]),
         "task": header.task.get("name", ""),
@@ -481,7 +534,7 @@ def parity(
         task_kind=task_kind,
     )
     loaded = load_model(model, data.labels, seed, data.kind)
-    METHODS["bitfit"].select(loaded, terms, layers, True)
+    select(loaded, terms, layers)
     found = compare(loaded, load_tokenizer(model), data, settings, steps, console)
     console.print(found.table(by_layer))
     if output:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .additions import obstacle
 from .encoder import install, uninstall
 from .errors import BitFitError, BitFitWarning, listed
 from .models.families import biases, family_of, fused_pairs
@@ -196,6 +197,8 @@ def patch(
         If a module with a trained bias stays as it was.
     """
     _refuse_patched(model)
+    if (reason := obstacle(model)) is not None:
+        raise BitFitError(f"the model cannot be patched: {reason}")
     selection = selection or Selection.of(model)
     modules = dict(model.named_modules())
     chosen = {name: m for name, m in modules.items() if _replaceable(name, m)}

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .additions import Addition, add, addition
 from .errors import BitFitError, listed
 from .models.families import ALIASES, PAPER_TERMS, Bias, biases, head_prefix
 
 __all__ = [
-    "METHODS",
     "NO_GRADIENT",
-    "Method",
     "Selection",
     "Trained",
     "head_names",
     "parse_layers",
     "parse_terms",
+    "refuse_choice",
     "select",
+    "select_added",
+    "select_frozen",
+    "select_full",
     "trained_names",
 ]
 
 #: Terms that stand for what is not a bias of the base model.
 HEAD, WEIGHTS = "head", "weights"
+#: Such as a method that trains more than biases of the base has words of its own for.
+LAYERNORM_WEIGHT = "layernorm-weight"
+_NO_BIASES = (LAYERNORM_WEIGHT,)
 
 #: Attribute of a model whose head was chosen by name: the names of the head's parameters.
 _CHOSEN_HEAD = "_bitfit_fast_head"
@@ -42,7 +50,8 @@ _MANY_LAYERS = 10_000
 class Trained:
     """One trained parameter: its name, term, layer (None outside of layers) and size.
 
-    `zero_gradient` says that its gradient is identically zero, so that it stays where it is.
+    `zero_gradient` says that its gradient is identically zero, so that it stays where it is;
+    `added` that it is none of the base model's own.
     """
 
     name: str
@@ -51,6 +60,7 @@ class Trained:
     count: int
     named: bool = True
     zero_gradient: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,25 +74,32 @@ class Selection:
     trained : tuple of Trained
         In model order.
     base_parameters, head_parameters : int
-        Size of the whole model, below and in the task head.
+        Size of the whole model, below and in the task head; what a method added is in neither.
+    by : str, optional
+        The method that added something to the model.
     """
 
     trained: tuple[Trained, ...]
     base_parameters: int
     head_parameters: int
+    by: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Selection:
         """Describe the selection that the model's `requires_grad` flags make."""
         known = {bias.name: bias for bias in biases(model)}
-        base, chosen = _base_names(model), trained_names(model)
+        base, chosen, extra = _base_names(model), trained_names(model), addition(model)
         trained, sizes = [], {True: 0, False: 0}
         for name, parameter in model.named_parameters():
-            sizes[name in base] += parameter.numel()
+            added = extra is not None and extra.owns(name)
+            if not added:
+                sizes[name in base] += parameter.numel()
             if name not in chosen:
                 continue
             bias = known.get(name)
-            if name not in base:
+            if extra is not None and (term := extra.term(name)) is not None:
+                row = Trained(name, term, None, parameter.numel(), added=added)
+            elif name not in base:
                 row = Trained(name, HEAD, None, parameter.numel())
             elif bias is not None:
                 size = parameter.numel()
@@ -90,7 +107,8 @@ class Selection:
             else:
                 row = Trained(name, WEIGHTS, None, parameter.numel())
             trained.append(row)
-        return cls(tuple(trained), sizes[True], sizes[False])
+        by = None if extra is None else extra.method
+        return cls(tuple(trained), sizes[True], sizes[False], by)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +127,8 @@ class Selection:
     @property
     def terms(self) -> tuple[str, ...]:
         """Terms of the trained biases, without the head."""
-        return tuple(t for t in self.counts if t not in (HEAD, WEIGHTS))
+        others = {t.term for t in self.trained if t.added} | {HEAD, WEIGHTS, *_NO_BIASES}
+        return tuple(t for t in self.counts if t not in others)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -133,7 +152,9 @@ class Selection:
 
     @property
     def method(self) -> str:
-        """The method that trains these parameters: `bitfit`, `full` or `frozen`."""
+        """The method that trains these parameters, a key of `METHODS`."""
+        if self.by is not None:
+            return self.by
         if WEIGHTS in self.counts:
             return "full"
         return "bitfit" if self.biases else "frozen"
@@ -324,11 +345,20 @@ def _head_names(model: nn.Module, head: bool | Sequence[str]) -> set[str]:
     return set(names) - _below_head(model)
 
 
+def _check_free(model: nn.Module) -> None:
+    """Refuse a model in which something else is in place already."""
+    if hasattr(model, NO_GRADIENT):
+        raise BitFitError("the model is patched; unpatch it before another selection")
+    if (extra := addition(model)) is not None:
+        raise BitFitError(
+            f"the model has what method '{extra.method}' added to it; take a fresh one, or "
+            "bitfit_fast.methods.remove it, before another selection"
+        )
+
+
 def _train_only(
     model: nn.Module, names: set[str], chosen_head: frozenset[str] = frozenset()
 ) -> Selection:
-    if hasattr(model, NO_GRADIENT):
-        raise BitFitError("the model is patched; unpatch it before another selection")
     # later looks at the model, as by `save`, need to know what only the caller could tell
     setattr(model, _CHOSEN_HEAD, chosen_head)
     for name, parameter in model.named_parameters():
@@ -374,6 +404,7 @@ def select(
     BitFitError
         For a term or layer that the model does not have.
     """
+    _check_free(model)
     head_names = _head_names(model, head)
     chosen = _choose(model, parse_terms(terms), parse_layers(layers), head_names)
     names = {bias.name for bias in chosen} | head_names
@@ -382,39 +413,44 @@ def select(
     )
 
 
-def _select_full(model: nn.Module, terms: str, layers: str | None, head: bool) -> Selection:
-    _refuse_choice("full", terms, layers)
+def select_full(
+    model: nn.Module, terms: str | Iterable[str] = "all", layers: Any = None, head: bool = True
+) -> Selection:
+    """Let every parameter train, or all but the head."""
+    refuse_choice("full", terms, layers)
+    _check_free(model)
     names = {name for name, _ in model.named_parameters()}
     return _train_only(model, names if head else names & _below_head(model))
 
 
-def _select_frozen(model: nn.Module, terms: str, layers: str | None, head: bool) -> Selection:
-    _refuse_choice("frozen", terms, layers)
+def select_frozen(
+    model: nn.Module, terms: str | Iterable[str] = "all", layers: Any = None, head: bool = True
+) -> Selection:
+    """Let the head alone train."""
+    refuse_choice("frozen", terms, layers)
     if not head:
         raise BitFitError("method 'frozen' trains only the head, so it cannot go without it")
+    _check_free(model)
     return _train_only(model, _head_names(model, True))
 
 
-def _refuse_choice(method: str, terms: str, layers: str | None) -> None:
+def select_added(model: nn.Module, extra: Addition, head: bool | Sequence[str] = True) -> Selection:
+    """Add `extra` to the model, and let it and the head train."""
+    _check_free(model)
+    names = _head_names(model, head)
+    add(extra, model, names if names else head_names(model))
+    chosen = frozenset() if isinstance(head, bool) else frozenset(names)
+    return _train_only(model, names | extra.trains(model), chosen)
+
+
+def refuse_choice(method: str, terms: str | Iterable[str], layers: Any) -> None:
+    """Refuse a choice of biases for a method that trains something else."""
     if parse_terms(terms) is not None or layers is not None:
         raise BitFitError(f"terms and layers choose biases; method '{method}' does not take them")
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to fine-tune: what it trains, and the learning rate to begin with.
-
-    `select(model, terms, layers, head)` sets the model's `requires_grad` flags.
-    """
-
-    select: Callable[..., Selection]
-    lr: float
-    summary: str
-
-
-#: Fine-tuning methods by the name that the command line takes.
-METHODS: dict[str, Method] = {
-    "bitfit": Method(select, 1e-3, "biases and the head"),
-    "full": Method(_select_full, 5e-5, "every parameter"),
-    "frozen": Method(_select_frozen, 1e-3, "the head alone"),
-}
+def __getattr__(name: str) -> Any:
+    """Give the table of methods to those who look for it here, where it once was."""
+    if name in ("METHODS", "Method"):
+        return getattr(importlib.import_module("bitfit_fast.methods"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

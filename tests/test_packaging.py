@@ -88,10 +88,10 @@ def test_nothing_unpickles(path):
 def test_layers_of_the_package_import_downwards_only():
     """`ops` know kernels, `modules` ops, `encoder` both, and only `cli` knows all."""
     ranks = {
-        **dict.fromkeys(("arena", "errors", "files", "kernels", "packing"), 0),
+        **dict.fromkeys(("additions", "arena", "errors", "files", "kernels", "packing"), 0),
         **dict.fromkeys(("ops", "models", "data", "kinds"), 1),
         **dict.fromkeys(("modules", "selection"), 2),
-        "encoder": 3,
+        **dict.fromkeys(("encoder", "methods"), 3),
         "patching": 4,
         "training": 5,
     }

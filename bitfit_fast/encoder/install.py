@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ..additions import obstacle
 from ..arena import Arena
 from ..errors import BitFitError, listed
 from ..models.families import FAMILIES, Family, StackRow, family_of, head_prefix
@@ -249,6 +250,8 @@ def _hooked(module: nn.Module) -> bool:
 
 def refusal(model: nn.Module) -> str | None:
     """Return why a model's encoder cannot run as one operation, or None."""
+    if (reason := obstacle(model)) is not None:
+        return reason
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = family_of(model)
     if family.stack is None:

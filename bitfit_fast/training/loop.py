@@ -18,6 +18,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
+from ..additions import addition
 from ..checkpoint import fingerprint, save, stored, versions
 from ..data.batches import move, training_batches
 from ..data.task import Split, TaskData
@@ -162,7 +163,7 @@ class _Run:
         settings = settings.for_kind(self.kind)
         self.model, self.data, self.settings = model, data, settings
         self.folder, self.console = folder, console
-        self.selection = Selection.of(model)
+        self.selection, self.addition = Selection.of(model), addition(model)
         if not self.selection.names:
             raise BitFitError("nothing trains: no parameter of the model has requires_grad")
         if data.train is None or data.train.labels is None:
@@ -220,6 +221,7 @@ class _Run:
             "head": HEAD in self.selection.counts,
             "data": self.data.digest(),
             **self.settings.described(),
+            **({} if self.addition is None else {"options": self.addition.options}),
             "backend": self.backend.name,
             "device": self.device.type,
         }
@@ -363,14 +365,16 @@ class _Run:
                 }
             )
         by_split = {row["split"]: row for row in rows}
-        better = (
+        # before, there is nothing that could be saved
+        settled = self.addition is None or self.addition.settled
+        better = settled and (
             self.judge is None
             or progress.best is None
             or by_split[self.judge][main] > progress.best[self.judge][main]
         )
         if better:
             progress.best = {"step": progress.step, **by_split}
-        progress.without_better = 0 if better else progress.without_better + 1
+        progress.without_better = 0 if better or not settled else progress.without_better + 1
         progress.seconds = time.perf_counter() - self.started
         progress.rows += rows
         if self.folder:
@@ -407,7 +411,7 @@ class _Run:
         save(self.model, self.folder.model, task=task, base_fingerprint=self.base)
 
     def _summary(self) -> dict[str, Any]:
-        progress, selection = self.progress, self.selection
+        progress, selection = self.progress, Selection.of(self.model)
         last = progress.rows[-1]["step"]
         summary = {
             **self.described(),

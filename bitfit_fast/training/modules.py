@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from ..additions import obstacle
 from ..patching import patch, unpatch
 from ..selection import WEIGHTS, Selection
 from .reference import ReferenceBackend, without_memory_modes
@@ -24,7 +25,7 @@ class ModulesBackend(ReferenceBackend):
         """Return why drop-ins would not help, or None."""
         if WEIGHTS in selection.counts:
             return "its weights train"
-        return without_memory_modes(plan)
+        return obstacle(model) or without_memory_modes(plan)
 
     def patch(
         self, model: nn.Module, selection: Selection, plan: Plan

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..additions import addition
 from ..data.batches import Batch, Collate
 from ..encoder import MEMORY
 from ..kinds import KINDS, forward
@@ -35,19 +36,27 @@ class ReferenceStep:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.no_gradient: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=plan.lr, weight_decay=0.0)
+        self.addition = addition(model)
         self.steps = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take what trains from now on."""
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=self.plan.lr, weight_decay=0.0)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Train on one batch; return its loss, detached, without waiting for the device."""
+        if self.addition and self.addition.advance(self.model, self.steps, self.plan.steps):
+            self._begin()
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr_at(self.steps)
         self.optimizer.zero_grad()
         bf16 = self.plan.precision == "bf16"
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=bf16):
             loss = forward(self.model, batch).loss
-        loss.backward()
+        penalty = self.addition.penalty(self.model) if self.addition else None
+        (loss if penalty is None else loss + penalty).backward()
         if self.plan.grad_clip:
             nn.utils.clip_grad_norm_(self.trained.values(), self.plan.grad_clip)
         self.optimizer.step()
@@ -65,6 +74,8 @@ class ReferenceStep:
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
         """Continue after `steps` steps, from what `state` returned then."""
         self.steps = steps
+        if self.addition:
+            self._begin()
         for path, value in state.items():
             key, _, name = path.partition("/")
             parameter = self.trained[name]

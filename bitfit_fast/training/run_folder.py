@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..additions import addition, own_state
 from ..errors import BitFitError, listed
 from ..files import append_json_line, to_json, write_json, write_text
 from ..tensorfile import read_tensors, write_tensors
@@ -120,6 +121,7 @@ class RunFolder:
         tensors: dict[str, Tensor] = {
             f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad
         }
+        tensors |= {f"model/{name}": tensor for name, tensor in own_state(model).items()}
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
         tensors[_RNG_CPU] = torch.get_rng_state()
         if device.type == "cuda":
@@ -141,7 +143,10 @@ class RunFolder:
         header, tensors = read_tensors(self.state, _KIND)
         if header["base"] != base:
             raise BitFitError(f"cannot resume {self.path}: the base model's weights have changed")
-        parameters = dict(model.named_parameters())
+        saved = {key.partition("/")[2]: t for key, t in tensors.items() if key.startswith("model/")}
+        if (extra := addition(model)) is not None:
+            extra.resume(model, saved)
+        parameters = {**dict(model.named_parameters()), **own_state(model)}
         optimizer = {}
         with torch.no_grad():
             for path, value in tensors.items():

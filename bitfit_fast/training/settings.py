@@ -12,7 +12,7 @@ import torch
 from ..encoder import MEMORY, PRECISIONS
 from ..errors import BitFitError, BitFitWarning, listed
 from ..kinds import KINDS, Kind
-from ..selection import METHODS
+from ..methods import METHODS
 
 __all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings"]
 

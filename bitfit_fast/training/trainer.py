@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import is_sagemaker_mp_enabled
 
+from ..additions import obstacle
 from ..arena import Arena, ArenaAdamW
 from ..checkpoint import fingerprint, save, stored
 from ..encoder import MEMORY, PRECISIONS, encoder_of, refusal
@@ -214,8 +215,9 @@ class BitFitTrainer(Trainer):
             reason = "without an arena DistributedDataParallel wraps it, and writes its weights"
         if reason is None:
             self._say(logging.INFO, self._patch_encoder())
-        elif Selection.of(model).method == "full":
-            self._say(logging.WARNING, "the model stays as it is: its weights train")
+        elif Selection.of(model).method not in ("bitfit", "frozen"):
+            reason = obstacle(model) or "its weights train"
+            self._say(logging.WARNING, f"the model stays as it is: {reason}")
             return
         else:
             done = patch(model)
