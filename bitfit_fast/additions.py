@@ -44,6 +44,8 @@ class Addition:
         Why a model with it cannot be made an ordinary one with the same outputs.
     settled : bool
         Whether what trains is what a checkpoint would hold.
+    tokens : int
+        How many positions before those of the tokens it takes.
     """
 
     marks: ClassVar[tuple[str, ...]] = ()
@@ -51,7 +53,7 @@ class Addition:
 
     def __init__(self, method: str, options: Mapping[str, Any]) -> None:
         self.method, self.options = method, dict(options)
-        self.settled = True
+        self.settled, self.tokens = True, 0
 
     # ------------------------------------------------------------------ into the model
 

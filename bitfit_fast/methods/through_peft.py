@@ -142,6 +142,7 @@ class _Prompted(Addition):
     def __init__(self, method: str, options: Mapping[str, Any]) -> None:
         super().__init__(method, options)
         _peft(method)  # before a model is touched
+        self.tokens = self.options["tokens"]
         self._handles: list[Any] = []
 
     def config(self, peft: Any, base: Any) -> Any:
@@ -176,7 +177,7 @@ class _Prompted(Addition):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(grads[name])
         base.peft_prompt = maker.prompt_encoder[_NAME]
-        self._handles = self.hooks(base, _Prompt(maker, self.options["tokens"], list(takes)))
+        self._handles = self.hooks(base, _Prompt(maker, self.tokens, list(takes)))
 
     def remove(self, model: nn.Module) -> None:
         """Take the vectors out."""
@@ -249,7 +250,7 @@ class PrefixTuning(_Prompted):
 
     def config(self, peft: Any, base: Any) -> Any:
         """Return how many; PEFT reads the rest off the model's configuration."""
-        return peft.PrefixTuningConfig(num_virtual_tokens=self.options["tokens"])
+        return peft.PrefixTuningConfig(num_virtual_tokens=self.tokens)
 
     def hooks(self, base: Any, prompt: _Prompt) -> list[Any]:
         """Return the hook that hands them over."""
@@ -264,7 +265,7 @@ class PromptTuning(_Prompted):
     def config(self, peft: Any, base: Any) -> Any:
         """Return how many, and that words begin them."""
         return peft.PromptTuningConfig(
-            num_virtual_tokens=self.options["tokens"],
+            num_virtual_tokens=self.tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
             # what PEFT would read off the configuration, which not every family calls the same
             token_dim=base.get_input_embeddings().weight.shape[1],

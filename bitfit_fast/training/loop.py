@@ -71,11 +71,13 @@ def check_length(max_length: int, model: nn.Module, tokenizer: Any) -> None:
         With the number that they can take.
     """
     limits = [tokenizer.model_max_length]
+    extra = addition(model)
+    before = 0 if extra is None else extra.tokens
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its kin count positions from behind the padding index
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - unused)
+            limits.append(module.num_embeddings - unused - before)
     if max_length > min(limits):
         raise BitFitError(f"max-length {max_length} is more than the {min(limits)} of the model")
 

@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import is_sagemaker_mp_enabled
 
-from ..additions import obstacle
+from ..additions import addition, obstacle
 from ..arena import Arena, ArenaAdamW
 from ..checkpoint import fingerprint, save, stored
 from ..encoder import MEMORY, PRECISIONS, encoder_of, refusal
@@ -351,7 +351,9 @@ class BitFitTrainer(Trainer):
         if not self.args.should_save or self._manager() is not None:
             return
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if Selection.of(model).method == "full" or hasattr(model, "peft_config"):
+        extra = addition(model)
+        foreign = hasattr(model, "peft_config") if extra is None else not extra.settled
+        if Selection.of(model).method == "full" or foreign:
             return
         known = self._fingerprint or fingerprint(model, stored(model))
         if self._ends is not None:  # while training, what is frozen stays so
