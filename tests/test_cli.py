@@ -208,7 +208,8 @@ def refused(result, *words):
 TRAIN_REFUSALS = {
     "unknown task": (("--task", "rtee"), ("rtee", "cola", "reviews")),
     "unknown term": (("--terms", "query,keys"), ("keys", "query, key, value")),
-    "unknown method": (("--method", "lora"), ("lora", "bitfit, full, frozen")),
+    "unknown method": (("--method", "loar"), ("loar", "bitfit, full, frozen")),
+    "option of another method": (("--method", "lora", "--share", "0.1"), ("share", "rank, alpha")),
     "layer out of range": (("--layers", "0-2"), ("layer 2", "layers 0-1")),
     "malformed layers": (("--layers", "one"), ("one", "0-5,11")),
     "terms of another method": (("--method", "full", "--terms", "query"), ("full",)),
