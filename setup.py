@@ -31,6 +31,7 @@ setup(
         "bitfit_fast.methods",
         "bitfit_fast.models",
         "bitfit_fast.ops",
+        "bitfit_fast.study",
         "bitfit_fast.training",
     ],
     # built on first use, by the machine's own compiler
@@ -43,6 +44,7 @@ setup(
         "safetensors>=0.5",
         "torchmetrics>=1.5",
         "matplotlib>=3.8",
+        "pyyaml>=6",
         "rich>=13",
         "typer>=0.15",
     ],

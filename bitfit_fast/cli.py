@@ -1,4 +1,4 @@
-"""The command line: `bitfit-fast train | evaluate | predict | inspect | merge | parity`."""
+"""The command line: `bitfit-fast train | evaluate | predict | inspect | merge | parity | study`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from .models.loading import DEFAULT_MODEL, describe_model, load_model, load_toke
 from .parity import compare
 from .plots import change_heatmap, check_picture
 from .selection import select
+from .study import collect, read_study, run_study, study_of_options, write_report
+from .study.runner import open_folder
 from .training.loop import train as run_training
 from .training.run_folder import RunFolder
 from .training.settings import MIN_STEPS, Settings
@@ -48,6 +50,7 @@ Real = Optional[float]  # noqa: UP045
 Location = Optional[Path]  # noqa: UP045
 
 DATA, RUN, SPEED, OPTIONS = "Data", "Run", "Hyper-parameters", "Options of methods"
+GRID = "Instead of a file"
 Trained = Annotated[Path, typer.Argument(help="A run's folder, or its model.safetensors.")]
 Base = Annotated[
     Text, typer.Option(help="Base model, where it is not to be had by the name in the file.")
@@ -273,6 +276,9 @@ def train(
     train_fraction: Annotated[
         float, typer.Option(help="Share of the training set to use.", rich_help_panel=SPEED)
     ] = 1.0,
+    train_examples: Annotated[
+        Number, typer.Option(help="Or the number of examples.", rich_help_panel=SPEED)
+    ] = None,
     grad_clip: Annotated[
         float, typer.Option(help="Largest gradient norm; 0 for none.", rich_help_panel=SPEED)
     ] = 1.0,
@@ -315,8 +321,8 @@ def train(
         lr=lr, epochs=epochs, max_steps=max_steps, batch_size=batch_size, max_length=max_length,
         doc_stride=doc_stride, max_answer_length=max_answer_length, warmup=warmup,
         schedule=schedule, seed=seed, precision=precision,
-        train_fraction=train_fraction, grad_clip=grad_clip, eval_every=eval_every,
-        patience=patience, backend=backend, device=device, memory=memory,
+        train_fraction=train_fraction, train_examples=train_examples, grad_clip=grad_clip,
+        eval_every=eval_every, patience=patience, backend=backend, device=device, memory=memory,
     )  # fmt: skip
     if method not in METHODS:
         raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")
@@ -555,6 +561,88 @@ def merge(
     _quiet()
     merge_checkpoint(trained, output, base, any_base)
     _say(f"wrote {output}")
+
+
+@app.command(epilog="Example: bitfit-fast study studies/smoke.yaml --output runs/smoke")
+def study(
+    file: Annotated[
+        Location, typer.Argument(help="YAML file of the study; else the options below.")
+    ] = None,
+    output: Annotated[
+        Location, typer.Option("--output", "-o", help="Study folder; default runs/NAME.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing; draw what is there.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="Do failed runs again.")] = False,
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Without a file: a model; may be repeated.", rich_help_panel=GRID),
+    ] = None,
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A task; may be repeated.", rich_help_panel=GRID),
+    ] = None,
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="A method, or b_m2+b_q, b_m2, b_q; may be repeated.", rich_help_panel=GRID
+        ),
+    ] = None,
+    seeds: Annotated[Number, typer.Option(help="Number of seeds.", rich_help_panel=GRID)] = None,
+    size: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(help="Share or count of training examples.", rich_help_panel=GRID),
+    ] = None,
+    lr: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(help="Peak learning rate; several are searched.", rich_help_panel=GRID),
+    ] = None,
+    max_steps: Annotated[
+        Number, typer.Option(help="Optimiser steps at most.", rich_help_panel=GRID)
+    ] = None,
+    precision: Annotated[Text, typer.Option(help="fp32 or bf16.", rich_help_panel=GRID)] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Do a grid of runs, each once, and write a report of them.
+
+    A killed study goes on with the same command; several may work on one folder.
+    """
+    _quiet()
+    options = {
+        "models": model, "tasks": task, "methods": method, "seeds": seeds, "sizes": size,
+        "lr": lr, "max_steps": max_steps, "precision": precision,
+        "data_dir": None if data_dir is None else str(data_dir),
+    }  # fmt: skip
+    if file is not None:
+        if given := [key.replace("_", "-") for key, value in options.items() if value]:
+            raise BitFitError(f"give the study {file} or options ({listed(given)}), not both")
+        asked = read_study(file)
+    else:
+        if output is None:
+            raise BitFitError("give a study's file, or --output with --task and --method")
+        asked = study_of_options(output.name, **options)
+    output = output or Path("runs") / asked.name
+    plan = open_folder(asked, output, report_only)
+    command = f"bitfit-fast study {file}" if file else f"bitfit-fast study --output {output}"
+    stopped = False
+    if not report_only:
+        try:
+            run_study(plan, output, jobs=jobs, retry=retry, console=console)
+        except KeyboardInterrupt:
+            stopped = True
+            _say("stopped; the same command goes on", errors)
+    collected = collect(plan, output)
+    for path in write_report(collected, output, command):
+        _say(f"wrote {path}")
+    for trouble in collected.troubles:
+        if trouble.state == "failed":
+            _say(f"{trouble.run.name} failed: {trouble.error}", errors)
+    if stopped:
+        raise typer.Exit(130)
+    if any(trouble.state == "failed" for trouble in collected.troubles):
+        raise typer.Exit(1)
 
 
 def _show_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:

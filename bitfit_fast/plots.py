@@ -33,7 +33,9 @@ def check_picture(path: Path) -> None:
 
 def _write(figure: Any, path: Path) -> None:
     check_picture(path)
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    # the same numbers give the same file
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, metadata=metadata))
 
 
 def learning_curves(

@@ -34,12 +34,21 @@ from .measure import StepClock, device_name, peak_memory, reset_peak_memory
 from .run_folder import Progress, RunFolder
 from .settings import Plan, Settings
 
-__all__ = ["check_gradients", "check_length", "check_outputs", "choose_device", "train"]
+__all__ = [
+    "check_gradients",
+    "check_length",
+    "check_outputs",
+    "choose_device",
+    "subset",
+    "train",
+]
 
 #: Steps between reads of the loss: reading waits for a GPU.
 _LOG_EVERY = {"cpu": 1, "cuda": 10}
 #: Training examples that an evaluation looks at where no validation set sets the number.
 _TRAIN_SAMPLE = 1000
+#: Of them, those that are evaluated on the way where only the end is of interest.
+_EARLY_SAMPLE = 64
 
 
 def check_gradients(model: nn.Module, names: Iterable[str]) -> None:
@@ -141,7 +150,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _subset(examples: int, count: int, seed: int) -> list[int]:
+def subset(examples: int, count: int, seed: int) -> list[int]:
     """Return `count` of the indices by seed; a smaller count gives a subset of a larger one's."""
     if count >= examples:
         return list(range(examples))
@@ -185,8 +194,8 @@ class _Run:
                 f"patience {settings.patience} needs a validation set, and {data.name} has none"
             )
         self.device = choose_device(settings.device)
-        examples = max(1, round(settings.train_fraction * len(data.train)))
-        train = data.train.take(_subset(len(data.train), examples, settings.seed))
+        examples = settings.examples_of(len(data.train))
+        train = data.train.take(subset(len(data.train), examples, settings.seed))
         self.features = self._encoded(train, tokenizer).features
         self.plan = Plan.of(settings, self.selection.method, len(self.features), self.device)
         self.backend, self.why = choose_backend(settings.backend, model, self.selection, self.plan)
@@ -195,11 +204,15 @@ class _Run:
         # as many training examples as validation examples are evaluated, so that the
         # generalisation gap costs no more than the validation itself
         sample = min(map(len, validation.values()), default=_TRAIN_SAMPLE)
-        chosen = _subset(examples, sample, settings.seed + 1)
+        chosen = subset(examples, sample, settings.seed + 1)
         self.evaluated = {
             name: self._encoded(split, tokenizer)
             for name, split in {"train": train.take(chosen), **validation}.items()
         }
+        self.glanced = self.evaluated
+        if settings.validate_once:
+            few = train.take(chosen[:_EARLY_SAMPLE])
+            self.glanced = {"train": self._encoded(few, tokenizer)}
         self.judge = next(iter(validation), None)
 
         self.collate = self.backend.collate(tokenizer, self.plan, self.kind.name)
@@ -348,7 +361,8 @@ class _Run:
         """Evaluate every split, and keep what a later look or a resumed run needs."""
         progress, main = self.progress, self.data.metrics[0]
         rows: list[dict[str, Any]] = []
-        for name, encoded in self.evaluated.items():
+        early = self.settings.validate_once and progress.step < self.plan.steps
+        for name, encoded in (self.glanced if early else self.evaluated).items():
             self.bar.update(self.bar_task, speed=f"evaluating {name}")
             scores = evaluate(
                 self.model, encoded, self.collate, self.data.metrics, self.settings.precision
@@ -371,6 +385,7 @@ class _Run:
         settled = self.addition is None or self.addition.settled
         better = settled and (
             self.judge is None
+            or self.settings.validate_once  # nothing is chosen: the last step is kept
             or progress.best is None
             or by_split[self.judge][main] > progress.best[self.judge][main]
         )
@@ -387,7 +402,7 @@ class _Run:
                 self._save()
             state = self.step.state()
             self.folder.keep(rows, self.model, state, progress, self.base, self.device)
-        shown = by_split[self.judge or "train"]
+        shown = by_split.get(self.judge or "train", by_split["train"])
         self.bar.update(self.bar_task, metric=f"{main} {shown[main]:.3f}")
         if self.console:
             parts = [

@@ -63,12 +63,19 @@ class Settings:
         `fp32`, or `bf16` for autocast; trained parameters and optimiser are fp32 in both.
     train_fraction : float
         Share of the training set to use, in (0, 1].
+    train_examples : int, optional
+        Number of training examples to use instead of a share. Of one seed, the smaller
+        choice is a part of the larger one, in both ways to say it.
     grad_clip : float
         Largest norm of the gradient; 0 for no limit.
     eval_every : int, optional
         Steps between evaluations; by default a tenth of the run.
     patience : int, optional
         Evaluations without a better main metric after which the run ends.
+    validate_once : bool
+        Evaluate validation sets after the last step only, and a few training examples on the
+        way, so that no choice can hang on the validation set; the checkpoint is the last
+        step's.
     backend, device : str
         A key of `BACKENDS` or `auto`; a torch device or `auto`.
     memory : str
@@ -99,6 +106,8 @@ class Settings:
     backend: str = "auto"
     device: str = "auto"
     memory: str = MEMORY[0]
+    train_examples: int | None = None
+    validate_once: bool = False
 
     def __post_init__(self) -> None:
         for name, valid, ranges in (
@@ -115,6 +124,7 @@ class Settings:
             ("precision", lambda v: v in PRECISIONS, f"one of {listed(PRECISIONS)}"),
             ("memory", lambda v: v in MEMORY, f"one of {listed(MEMORY)}"),
             ("train_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("train_examples", lambda v: v >= 1, "at least 1"),
             ("grad_clip", lambda v: 0 <= v < math.inf, "at least 0"),
             ("eval_every", lambda v: v >= 1, "at least 1"),
             ("patience", lambda v: v >= 1, "at least 1"),
@@ -122,6 +132,33 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not valid(value):
                 raise BitFitError(f"{name.replace('_', '-')} must be {ranges}, not {value}")
+        if self.train_examples is not None and self.train_fraction != 1:
+            raise BitFitError(
+                f"give train-fraction ({self.train_fraction}) or train-examples "
+                f"({self.train_examples}), not both"
+            )
+        if self.validate_once and self.patience is not None:
+            raise BitFitError(
+                f"patience {self.patience} looks at the validation set on the way, "
+                "which validate-once excludes"
+            )
+
+    def examples_of(self, available: int) -> int:
+        """Return how many of `available` training examples are used.
+
+        Raises
+        ------
+        BitFitError
+            If there are fewer than `train_examples`.
+        """
+        if self.train_examples is None:
+            return max(1, round(self.train_fraction * available))
+        if self.train_examples > available:
+            raise BitFitError(
+                f"train-examples {self.train_examples} is more than the {available} examples "
+                "of the training set"
+            )
+        return self.train_examples
 
     def for_kind(self, kind: Kind) -> Settings:
         """Return the settings with what depends on the kind of task filled in.

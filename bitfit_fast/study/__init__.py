@@ -1,0 +1,18 @@
+"""Studies: a grid of runs from one file, done once each, and a report of them."""
+
+from .analysis import collect
+from .grid import Study, read_study, study_of_options
+from .report import write_report
+from .runner import run_study
+from .sweeps import Plan, expand
+
+__all__ = [
+    "Plan",
+    "Study",
+    "collect",
+    "expand",
+    "read_study",
+    "run_study",
+    "study_of_options",
+    "write_report",
+]

@@ -1,0 +1,525 @@
+"""What a study is: the grids that a YAML file, or options, ask for.
+
+Every value is read together with its place, so that an error names file, line and key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data.load import TASKS, task_name
+from ..errors import BitFitError, listed
+from ..models.loading import DEFAULT_MODEL
+from ..selection import parse_layers, parse_terms
+from ..training.backends import BACKENDS
+from ..training.loop import choose_device
+from ..training.settings import Settings
+from .methods import METHODS, PRESETS
+
+__all__ = [
+    "Budget",
+    "Grid",
+    "MethodEntry",
+    "Search",
+    "Study",
+    "TaskEntry",
+    "read_study",
+    "study_of_options",
+]
+
+#: Hyper-parameters that a study may give, with how each is read.
+_NUMBERS = {
+    "epochs": "real", "max_steps": "whole", "batch_size": "whole", "max_length": "whole",
+    "warmup": "real", "grad_clip": "real", "eval_every": "whole", "schedule": "text",
+    "precision": "text", "backend": "text", "device": "text", "memory": "text",
+}  # fmt: skip
+#: Everything that may stand for a study, a grid, a task or a method; the closer one counts.
+_TRAINING = ("lr", *_NUMBERS, "seeds")
+_VALUES = (*_TRAINING, "data_dir")
+_FILES = ("train_file", "validation_file", "text_columns", "label_column")
+_GRID = ("title", "models", "tasks", "methods", "sizes", "equal", "time_budget", "lr_search")
+_EQUAL = ("steps", "epochs")
+_KEEP = ("all", "small", "none")
+_JUDGES = ("loss", "metric")
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task of a study: one of the built-in ones, or files.
+
+    Attributes
+    ----------
+    label : str
+        What the report calls it.
+    name : str, or None
+        Built-in task; None for files.
+    files : tuple of (str, value)
+        Arguments of `load_task` for a task of files.
+    data_dir : str, or None
+        Folder of a built-in task.
+    values : dict
+        What this task alone asks for.
+    """
+
+    label: str
+    name: str | None
+    files: tuple[tuple[str, Any], ...] = ()
+    data_dir: str | None = None
+    values: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method of a study: what trains, and under which name and values.
+
+    `by_task` holds values for single tasks, by the task's label.
+    """
+
+    label: str
+    method: str
+    terms: str = "all"
+    layers: str | None = None
+    head: bool = True
+    values: dict[str, Any] = field(default_factory=dict, compare=False)
+    by_task: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A wall time to train for: seconds, or a share of full fine-tuning's time."""
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g} s" if self.kind == "seconds" else f"{self.value:g} of full"
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a learning rate is chosen where several are given.
+
+    Attributes
+    ----------
+    max_steps : int
+        Of each trial run.
+    held_back : float
+        Share of the training set that judges, and does not train, in a trial run.
+    by : str
+        `loss` for the lowest loss, `metric` for the best main metric.
+    """
+
+    max_steps: int = 200
+    held_back: float = 0.1
+    by: str = "loss"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Models x tasks x methods x seeds, at one or several sizes or time budgets."""
+
+    title: str
+    models: tuple[str, ...]
+    tasks: tuple[TaskEntry, ...]
+    methods: tuple[MethodEntry, ...]
+    sizes: tuple[float | int, ...] = (1.0,)
+    equal: str = "steps"
+    budgets: tuple[Budget, ...] = ()
+    search: Search = Search()
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def values_of(self, task: TaskEntry, method: MethodEntry) -> dict[str, Any]:
+        """Return the values for a task and method, the closest ones first."""
+        return {
+            **self.values, **task.values, **method.values, **method.by_task.get(task.label, {})
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named set of grids.
+
+    Attributes
+    ----------
+    name : str
+        What a study folder belongs to; by default the file's stem.
+    title, description : str
+        Heading of the report, and what stands below it.
+    grids : tuple of Grid
+        Runs that several of them share are done once.
+    keep : str
+        Trained files to keep of finished runs: `all`, `small` (below 10 MB) or `none`.
+    source : str
+        File, for the report.
+    """
+
+    name: str
+    title: str
+    description: str
+    grids: tuple[Grid, ...]
+    keep: str
+    source: str
+
+
+class _Item:
+    """A value of the file, with its place."""
+
+    def __init__(self, node: yaml.Node, source: str, key: str) -> None:
+        self.node, self.source, self.key = node, source, key
+
+    def fail(self, message: str) -> BitFitError:
+        """Return an error that names file, line and key."""
+        line = self.node.start_mark.line + 1
+        key = f", {self.key}" if self.key else ""
+        return BitFitError(f"{self.source}, line {line}{key}: {message}")
+
+    def mapping(self, known: Collection[str] | None = None) -> dict[str, _Item]:
+        """Return the entries of a mapping; keys that are not `known` are refused."""
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.fail(f"expected keys and values, found {self._shown()}")
+        found: dict[str, _Item] = {}
+        for key_node, node in self.node.value:
+            key = _Item(key_node, self.source, self.key).text()
+            item = _Item(node, self.source, key)
+            at_key = _Item(key_node, self.source, self.key)
+            if known is not None and key not in known:
+                raise at_key.fail(f"unknown key '{key}'; valid ones are {listed(known, 40)}")
+            if key in found:
+                raise at_key.fail(f"'{key}' is given twice")
+            found[key] = item
+        return found
+
+    def items(self) -> list[_Item]:
+        """Return the entries of a list; a single value counts as a list of one."""
+        if not isinstance(self.node, yaml.SequenceNode):
+            return [self]
+        if not self.node.value:
+            raise self.fail("the list is empty")
+        return [_Item(node, self.source, self.key) for node in self.node.value]
+
+    @property
+    def is_mapping(self) -> bool:
+        return isinstance(self.node, yaml.MappingNode)
+
+    def _shown(self) -> str:
+        if isinstance(self.node, yaml.ScalarNode):
+            return f"'{self.node.value}'" if self.node.value else "nothing"
+        return "a list" if isinstance(self.node, yaml.SequenceNode) else "keys and values"
+
+    def text(self) -> str:
+        if not isinstance(self.node, yaml.ScalarNode) or not self.node.value:
+            raise self.fail(f"expected text, found {self._shown()}")
+        return self.node.value
+
+    def real(self) -> float:
+        # YAML 1.1 takes 1e-3 for text, and nobody who writes it means that
+        try:
+            return float(self.text())
+        except ValueError:
+            raise self.fail(f"expected a number, found {self._shown()}") from None
+
+    def whole(self) -> int:
+        if not re.fullmatch(r"[+-]?\d+", self.text()):
+            raise self.fail(f"expected a whole number, found {self._shown()}")
+        return int(self.text())
+
+    def flag(self) -> bool:
+        value = {"true": True, "yes": True, "false": False, "no": False}.get(self.text().lower())
+        if value is None:
+            raise self.fail(f"expected true or false, found {self._shown()}")
+        return value
+
+    def one_of(self, valid: Collection[str]) -> str:
+        if self.text() not in valid:
+            raise self.fail(f"'{self.text()}' is not one of {listed(valid)}")
+        return self.text()
+
+
+def _values(entries: Mapping[str, _Item]) -> dict[str, Any]:
+    """Read what `_VALUES` names."""
+    read: dict[str, Any] = {}
+    for key, item in entries.items():
+        if key == "lr":
+            read[key] = tuple(dict.fromkeys(_checked(i, "lr", i.real()) for i in item.items()))
+        elif key == "seeds":
+            read[key] = _seeds(item)
+        elif key == "data_dir":
+            read[key] = _expanded(item)
+        elif key in _NUMBERS:
+            read[key] = _checked(item, key, getattr(item, _NUMBERS[key])())
+    return read
+
+
+def _checked(item: _Item, key: str, value: Any) -> Any:
+    try:
+        Settings(**{key: value})
+        if key == "device":
+            choose_device(value)
+    except BitFitError as error:
+        raise item.fail(str(error)) from None
+    if key == "backend" and value not in ("auto", *BACKENDS):
+        raise item.fail(f"unknown backend '{value}'; valid ones are auto, {listed(BACKENDS)}")
+    return value
+
+
+def _seeds(item: _Item) -> tuple[int, ...]:
+    """Read seeds: a number of them, or a list."""
+    if isinstance(item.node, yaml.SequenceNode):
+        return tuple(dict.fromkeys(_checked(i, "seed", i.whole()) for i in item.items()))
+    count = item.whole()
+    if not 1 <= count <= 1000:
+        raise item.fail(f"the number of seeds must be from 1 to 1000, not {count}")
+    return tuple(range(count))
+
+
+def _expanded(item: _Item) -> str:
+    text = os.path.expanduser(os.path.expandvars(item.text()))
+    if unset := re.search(r"\$\{?(\w+)", text):
+        raise item.fail(f"the environment variable {unset[1]} is not set")
+    return text
+
+
+def _sizes(item: _Item) -> tuple[float | int, ...]:
+    """Read sizes: shares up to 1, and counts above."""
+    found: list[float | int] = []
+    for part in item.items():
+        size = part.real()
+        if not 0 < size < 2**31 or (size > 1 and size != int(size)):
+            raise part.fail(f"a size is a share above 0 and up to 1, or a count, not {size:g}")
+        found.append(int(size) if size > 1 else size)
+    return tuple(dict.fromkeys(found))
+
+
+def _budgets(item: _Item) -> tuple[Budget, ...]:
+    budgets = []
+    for key, values in item.mapping(("seconds", "shares")).items():
+        for value in values.items():
+            number = value.real()
+            if not 0 < number < 1e9:
+                raise value.fail(f"a time budget is above 0, not {number:g}")
+            budgets.append(Budget(key.replace("shares", "share"), number))
+    return tuple(budgets)
+
+
+def _search(item: _Item) -> Search:
+    entries = item.mapping(("max_steps", "held_back", "by"))
+    read: dict[str, Any] = {}
+    if "max_steps" in entries:
+        read["max_steps"] = _checked(
+            entries["max_steps"], "max_steps", entries["max_steps"].whole()
+        )
+    if "held_back" in entries:
+        read["held_back"] = entries["held_back"].real()
+        if not 0 < read["held_back"] < 1:
+            raise entries["held_back"].fail(
+                f"the share held back is between 0 and 1, not {read['held_back']:g}"
+            )
+    if "by" in entries:
+        read["by"] = entries["by"].one_of(_JUDGES)
+    return Search(**read)
+
+
+def _task(item: _Item) -> TaskEntry:
+    if not item.is_mapping:
+        return TaskEntry(item.text(), _task_name(item))
+    entries = item.mapping(("name", "task", *_FILES, *_VALUES))
+    values = _values(entries)
+    data_dir = values.pop("data_dir", None)
+    given = [key for key in _FILES if key in entries]
+    if ("task" in entries) == ("train_file" in entries):
+        raise item.fail("a task has either the key task or the keys train_file, validation_file")
+    if "task" in entries:
+        if given:
+            raise entries[given[0]].fail(f"the task '{entries['task'].text()}' takes no files")
+        name = _task_name(entries["task"])
+        label = entries["name"].text() if "name" in entries else entries["task"].text()
+        return TaskEntry(label, name, (), data_dir, values)
+    if "validation_file" not in entries:
+        raise item.fail("a task of files needs a validation_file")
+    files: dict[str, Any] = {}
+    for key in given:
+        if key == "text_columns":
+            files[key] = tuple(part.text() for part in entries[key].items())
+        else:
+            files[key] = _expanded(entries[key]) if key.endswith("file") else entries[key].text()
+    label = entries["name"].text() if "name" in entries else Path(files["train_file"]).stem
+    return TaskEntry(label, None, tuple(files.items()), None, values)
+
+
+def _task_name(item: _Item) -> str:
+    try:
+        return task_name(item.text())
+    except BitFitError:
+        raise item.fail(
+            f"unknown task '{item.text()}'; valid ones are {listed(TASKS, 40)}"
+        ) from None
+
+
+def _method(item: _Item, tasks: Collection[str]) -> MethodEntry:
+    if not item.is_mapping:
+        method, terms = _method_name(item)
+        return MethodEntry(item.text(), method, terms)
+    entries = item.mapping(("name", "method", "terms", "layers", "head", "tasks", *_TRAINING))
+    named = entries.get("method", entries.get("name"))
+    if named is None:
+        raise item.fail("a method needs the key method")
+    method, terms = _method_name(named)
+    layers = None
+    if "terms" in entries:
+        terms = _parsed(entries["terms"], parse_terms)
+    if "layers" in entries:
+        layers = _parsed(entries["layers"], parse_layers)
+    by_task = {}
+    if "tasks" in entries:
+        for label, values in entries["tasks"].mapping(tasks).items():
+            by_task[label] = _values(values.mapping(_TRAINING))
+    return MethodEntry(
+        label=(entries.get("name") or named).text(),
+        method=method,
+        terms=terms,
+        layers=layers,
+        head=entries["head"].flag() if "head" in entries else True,
+        values=_values(entries),
+        by_task=by_task,
+    )
+
+
+def _parsed(item: _Item, parse: Any) -> str:
+    text = ",".join(part.text() for part in item.items())
+    try:
+        parse(text)
+    except BitFitError as error:
+        raise item.fail(str(error)) from None
+    return text
+
+
+def _method_name(item: _Item) -> tuple[str, str]:
+    name = item.text()
+    if name in PRESETS:
+        return PRESETS[name]
+    if name not in METHODS:
+        raise item.fail(
+            f"unknown method '{name}'; valid ones are {listed((*METHODS, *PRESETS), 40)}"
+        )
+    return name, "all"
+
+
+def _distinct(entries: list[Any], items: list[_Item]) -> tuple[Any, ...]:
+    seen: set[str] = set()
+    for entry, item in zip(entries, items):
+        if entry.label in seen:
+            raise item.fail(f"two entries have the name '{entry.label}'; give one another name")
+        seen.add(entry.label)
+    return tuple(entries)
+
+
+def _grid(item: _Item, above: Mapping[str, _Item]) -> Grid:
+    """Read a grid; what it does not say is that of the study."""
+    own = item.mapping((*_GRID, *_VALUES))
+    entries = {**above, **own}
+    for key in ("tasks", "methods"):
+        if key not in entries:
+            raise item.fail(f"the key {key} is missing")
+    items = entries["tasks"].items()
+    tasks = _distinct([_task(part) for part in items], items)
+    items = entries["methods"].items()
+    methods = _distinct([_method(part, [t.label for t in tasks]) for part in items], items)
+    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    if "models" in entries:
+        models = tuple(dict.fromkeys(_expanded(part) for part in entries["models"].items()))
+    if "sizes" in entries and "time_budget" in entries:
+        raise entries["time_budget"].fail("a grid has sizes or a time budget, not both")
+    return Grid(
+        title=entries["title"].text() if "title" in own else "",
+        models=models,
+        tasks=tasks,
+        methods=methods,
+        sizes=_sizes(entries["sizes"]) if "sizes" in entries else (1.0,),
+        equal=entries["equal"].one_of(_EQUAL) if "equal" in entries else "steps",
+        budgets=_budgets(entries["time_budget"]) if "time_budget" in entries else (),
+        search=_search(entries["lr_search"]) if "lr_search" in entries else Search(),
+        values=_values(entries),
+    )
+
+
+def _study(root: _Item, name: str) -> Study:
+    top = root.mapping(("name", "description", "keep", "grids", *_GRID, *_VALUES))
+    if "name" in top:
+        name = top["name"].text()
+    if "grids" in top:
+        above = {k: v for k, v in top.items() if k in (*_GRID, *_VALUES) and k != "title"}
+        grids = tuple(_grid(part, above) for part in top["grids"].items())
+    else:
+        rest = [(k, v) for k, v in root.node.value if k.value in (*_GRID, *_VALUES)]
+        node = yaml.MappingNode(root.node.tag, rest, root.node.start_mark, root.node.end_mark)
+        grids = (_grid(_Item(node, root.source, ""), {}),)
+    return Study(
+        name=name,
+        title=top["title"].text() if "title" in top else name,
+        description=top["description"].text() if "description" in top else "",
+        grids=grids,
+        keep=top["keep"].one_of(_KEEP) if "keep" in top else "all",
+        source=root.source,
+    )
+
+
+def _compose(text: str, source: str) -> _Item:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise BitFitError(f"{source}{line}: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise BitFitError(f"{source} is no YAML: {str(error).splitlines()[0]}") from None
+    if node is None:
+        raise BitFitError(f"{source} is empty")
+    return _Item(node, source, "")
+
+
+def read_study(path: str | os.PathLike[str]) -> Study:
+    """Read a study from a YAML file.
+
+    Parameters
+    ----------
+    path : str or PathLike
+        The file. At the top stand `name`, `title`, `description`, `keep` and either one grid
+        or a list `grids`, whose entries fall back on what stands at the top. A grid has
+        `models`, `tasks`, `methods`, `seeds`, `sizes` or `time_budget`, `equal`, `lr_search`
+        and hyper-parameters; a list of rates as `lr` is searched.
+
+    Raises
+    ------
+    BitFitError
+        With file, line and key, for anything that is not known or not possible.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BitFitError(f"{path} is no text in UTF-8") from None
+    except OSError as error:
+        raise BitFitError(f"the study {path} cannot be read: {error.strerror}") from None
+    return _study(_compose(text, str(path)), path.stem)
+
+
+def study_of_options(name: str, **options: Any) -> Study:
+    """Make a study of one grid from options, named as the keys of a file are.
+
+    Options that are None or empty are left out.
+
+    Raises
+    ------
+    BitFitError
+        As `read_study`.
+    """
+    given = {key: value for key, value in options.items() if value not in (None, [], ())}
+    text = yaml.safe_dump({"name": name, **given}, sort_keys=False)
+    return _study(_compose(text, "options"), name)

@@ -1,0 +1,165 @@
+"""Reading a study: what it may hold, and where an error is."""
+
+from pathlib import Path
+
+import pytest
+
+from bitfit_fast.errors import BitFitError
+from bitfit_fast.models.loading import DEFAULT_MODEL
+from bitfit_fast.study import read_study, study_of_options
+from bitfit_fast.study.grid import Budget
+from bitfit_fast.study.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+def study(tmp_path, text):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return read_study(path)
+
+
+def test_a_short_file_has_defaults_for_the_rest(tmp_path):
+    found = study(tmp_path, "tasks: [rte, STS-B]\nmethods: bitfit\nseeds: 2\n")
+    (grid,) = found.grids
+    assert (found.name, found.title, found.keep) == ("some", "some", "all")
+    assert grid.models == (DEFAULT_MODEL,)
+    assert [(t.label, t.name) for t in grid.tasks] == [("rte", "rte"), ("STS-B", "stsb")]
+    assert [(m.label, m.method, m.terms) for m in grid.methods] == [("bitfit", "bitfit", "all")]
+    assert grid.values["seeds"] == (0, 1)
+    assert grid.sizes == (1.0,)
+
+
+def test_methods_by_name_by_preset_and_in_full(tmp_path):
+    found = study(
+        tmp_path,
+        "tasks: rte\n"
+        "methods:\n"
+        "  - b_m2+b_q\n"
+        "  - {name: first layers, method: bitfit, terms: [query, m2], layers: 0-1, lr: 1e-3}\n"
+        "  - {name: b_q, head: false}\n",
+    )
+    preset, full, short = found.grids[0].methods
+    assert (preset.label, preset.method, preset.terms) == (
+        "b_m2+b_q",
+        "bitfit",
+        "intermediate+query",
+    )
+    assert (full.label, full.terms, full.layers, full.values["lr"]) == (
+        "first layers", "query,m2", "0-1", (1e-3,),
+    )  # fmt: skip
+    assert (short.method, short.terms, short.head) == ("bitfit", "query", False)
+
+
+def test_the_closest_value_counts(tmp_path):
+    found = study(
+        tmp_path,
+        "tasks: [rte, {task: mrpc, lr: 2e-3, max_steps: 7}]\n"
+        "methods:\n"
+        "  - bitfit\n"
+        "  - {method: full, lr: 3e-5, tasks: {mrpc: {lr: 4e-5}}}\n"
+        "lr: 1e-3\nmax_steps: 5\n",
+    )
+    (grid,) = found.grids
+    rte, mrpc = grid.tasks
+    bitfit, full = grid.methods
+    rates = [[grid.values_of(t, m)["lr"] for m in (bitfit, full)] for t in (rte, mrpc)]
+    assert rates == [[(1e-3,), (3e-5,)], [(2e-3,), (4e-5,)]]
+    assert [grid.values_of(t, full)["max_steps"] for t in (rte, mrpc)] == [5, 7]
+
+
+def test_grids_fall_back_on_the_top(tmp_path):
+    found = study(
+        tmp_path,
+        "name: both\ntasks: rte\nmethods: [full, bitfit]\nseeds: 3\n"
+        "grids:\n"
+        "  - title: all\n"
+        "  - {title: sizes, sizes: [0.1, 50, 1], seeds: [4]}\n"
+        "  - {title: time, methods: bitfit, time_budget: {seconds: [5], shares: 0.5}}\n",
+    )
+    first, sizes, time = found.grids
+    assert [g.title for g in found.grids] == ["all", "sizes", "time"]
+    assert first.values["seeds"] == (0, 1, 2)
+    assert sizes.values["seeds"] == (4,)
+    assert sizes.sizes == (0.1, 50, 1.0)
+    assert time.budgets == (Budget("seconds", 5.0), Budget("share", 0.5))
+    assert len(sizes.methods) == 2
+    assert len(time.methods) == 1
+
+
+def test_environment_variables_are_expanded_in_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_DATA", "/data")
+    text = "tasks: rte\nmethods: full\ndata_dir: $SOME_DATA/glue\n"
+    assert study(tmp_path, text).grids[0].values["data_dir"] == "/data/glue"
+    monkeypatch.delenv("SOME_DATA")
+    with pytest.raises(BitFitError, match=r"line 3, data_dir: .* SOME_DATA is not set"):
+        study(tmp_path, text)
+
+
+BAD = {
+    "tasks: rte\nmethods: [full": "line 2: ",
+    "tasks: rte\nmethods: full\nseedz: 3\n": "line 3: unknown key 'seedz'; valid ones are",
+    "tasks: rte\nmethods: full\ntasks: mrpc\n": "line 3: 'tasks' is given twice",
+    "tasks: rte\n": "the key methods is missing",
+    "tasks: [rte,\n  rtee]\nmethods: full\n": "line 2, tasks: unknown task 'rtee'; valid ones are",
+    "tasks: rte\nmethods:\n  - full\n  - half\n": "line 4, methods: unknown method 'half'; valid",
+    "tasks: rte\nmethods:\n  - method: bitfit\n    termz: query\n": "line 4, methods: unknown key",
+    "tasks: rte\nmethods:\n  - method: bitfit\n    terms: all,query\n": "line 4, terms: 'all'",
+    "tasks: rte\nmethods:\n  - method: bitfit\n    layers: 3-1\n": "line 4, layers: layers '3-1'",
+    "tasks: rte\nmethods:\n  - full\n  - {name: full, method: bitfit}\n": "line 4, methods: two",
+    "tasks: rte\nmethods: full\nlr: fast\n": "line 3, lr: expected a number, found 'fast'",
+    "tasks: rte\nmethods: full\nlr: [1e-3, -1]\n": "line 3, lr: lr must be above 0",
+    "tasks: rte\nmethods: full\nmax_steps: 1.5\n": "line 3, max_steps: expected a whole number",
+    "tasks: rte\nmethods: full\nprecision: fp8\n": "line 3, precision: precision must be one of",
+    "tasks: rte\nmethods: full\nbackend: slow\n": "line 3, backend: unknown backend 'slow'; valid",
+    "tasks: rte\nmethods: full\ndevice: tpu\n": "line 3, device: unknown device 'tpu'; valid",
+    "tasks: rte\nmethods: full\nseeds: 0\n": "line 3, seeds: the number of seeds must be from 1",
+    "tasks: rte\nmethods: full\nsizes: [0.1, 2.5]\n": "line 3, sizes: a size is a share above 0",
+    "tasks: rte\nmethods: full\nsizes: []\n": "line 3, sizes: the list is empty",
+    "tasks: rte\nmethods: full\nequal: time\n": "line 3, equal: 'time' is not one of steps, epochs",
+    "tasks: rte\nmethods: full\nsizes: 9\ntime_budget: {seconds: 9}\n": "line 4, time_budget: a gr",
+    "tasks: rte\nmethods: full\nlr_search:\n  held_back: 1\n": "line 4, held_back: the share",
+    "tasks: rte\nmethods: full\nkeep: some\n": "line 3, keep: 'some' is not one of all, small",
+    "tasks:\n  - name: mine\nmethods: full\n": "line 2, tasks: a task has either the key task or",
+    "tasks:\n  - train_file: a.csv\nmethods: full\n": "line 2, tasks: a task of files needs a val",
+    "tasks: rte\nmethods: full\ngrids: 3\n": "line 3, grids: expected keys and values, found '3'",
+    "- rte\n": "line 1: expected keys and values, found a list",
+    "": "is empty",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_errors_name_file_line_and_key(tmp_path, text):
+    with pytest.raises(BitFitError) as caught:
+        study(tmp_path, text)
+    assert "some.yaml" in str(caught.value)
+    assert BAD[text] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_bytes(b"tasks: \xff\xfe")
+    with pytest.raises(BitFitError, match="no text in UTF-8"):
+        read_study(path)
+    with pytest.raises(BitFitError, match="cannot be read"):
+        read_study(tmp_path / "none.yaml")
+
+
+def test_options_make_the_study_that_a_file_would(tmp_path):
+    found = study_of_options("some", tasks=["rte"], methods=["full", "b_q"], lr=[1e-3], seeds=2)
+    written = study(tmp_path, "tasks: rte\nmethods: [full, b_q]\nlr: 1e-3\nseeds: 2\n")
+    assert found.grids == written.grids
+    with pytest.raises(BitFitError, match="options, line 3, tasks: unknown task 'rtee'"):
+        study_of_options("some", tasks=["rtee"], methods=["full"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_studies_of_this_repository_are_valid(path, monkeypatch):
+    monkeypatch.setenv("BITFIT_FAST_DATA", "/data")
+    try:
+        found = read_study(path)
+    except BitFitError as error:
+        missing = {"adapters", "lora", "diff-pruning", "random-uniform"} - set(METHODS)
+        pytest.skip(f"{error}" if missing else pytest.fail(str(error)))
+    assert found.grids
