@@ -21,12 +21,14 @@ __all__ = [
     "collect",
     "costs",
     "mean_changes",
+    "metric_name",
     "pareto_front",
     "spread",
 ]
 
 #: Metrics that reports give in percent, as papers do; all of ours are.
 PERCENT = 100.0
+_NAMES = {"f1": "F1", "mcc": "MCC", "pearson": "Pearson", "spearman": "Spearman"}
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class Spread:
     lowest: float
     highest: float
     count: int
+
+
+def metric_name(metric: str) -> str:
+    """Return a metric's name as a reader writes it."""
+    name, _, rest = metric.partition(" ")
+    return " ".join([_NAMES.get(name, name.replace("_", " ")), rest]).strip()
 
 
 def spread(values: Sequence[float]) -> Spread | None:

@@ -38,12 +38,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first `names` columns are names and the others numbers."""
+    """A table whose first `names` columns are names and the others numbers.
+
+    `wrapped` is for sentences: entries may then take several lines.
+    """
 
     head: tuple[str, ...]
     rows: tuple[tuple[Value, ...], ...]
     caption: str = ""
     names: int = 1
+    wrapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,11 @@ thead th { border-bottom: 2px solid var(--line); color: var(--dim); font-weight:
   vertical-align: bottom; }
 tbody tr:nth-child(even) { background: var(--soft); }
 tbody tr:last-child td { border-bottom: 1px solid var(--line); }
-.name { text-align: left; overflow-wrap: anywhere; }
+.name { text-align: left; }
+td { white-space: nowrap; }
+.wrapped td { white-space: normal; overflow-wrap: anywhere; }
 td b { color: var(--best); }
 small { color: var(--dim); font-size: .8em; white-space: nowrap; }
-td.wide { white-space: normal; min-width: 16rem; }
 figure { margin: .8rem 0 1.8rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff;
   border: 1px solid var(--line); border-radius: 6px; padding: .6rem; }
@@ -115,8 +120,9 @@ def _html_table(table: Table) -> str:
         lines.append("<tr>" + "".join(cells) + "</tr>")
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
     body = "\n".join(lines)
+    style = ' class="wrapped"' if table.wrapped else ""
     return (
-        f'<div class="scroll"><table>{caption}\n<thead><tr>{head}</tr></thead>\n'
+        f'<div class="scroll"><table{style}>{caption}\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 

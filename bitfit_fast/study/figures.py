@@ -10,8 +10,17 @@ from typing import Any
 
 from ..files import replace_file
 from ..plots import change_heatmap
-from .analysis import Collected, Result, average, costs, mean_changes, pareto_front, spread
-from .style import Look, label_ends, label_points, looks
+from .analysis import (
+    Collected,
+    Result,
+    average,
+    costs,
+    mean_changes,
+    metric_name,
+    pareto_front,
+    spread,
+)
+from .style import Look, label_ends, label_points, looks, settle_layout
 from .sweeps import Cell
 
 __all__ = ["Figure", "draw_all"]
@@ -53,13 +62,24 @@ def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
 
 
 def _write(figure: Any, folder: Path, stem: str) -> None:
+    settle_layout(figure)
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        save = partial(figure.savefig, format=kind, metadata=metadata, dpi=150, bbox_inches="tight")
+        save = partial(figure.savefig, format=kind, metadata=metadata, dpi=150)
         replace_file(folder / f"{stem}.{kind}", save)
 
 
+def _logarithmic(axis: Any) -> None:
+    """Make the horizontal axis logarithmic, with numbers and not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _label(task: str, metric: str) -> str:
-    return f"{task}, {metric.replace('_', ' ')}, %"
+    return f"{task}, {metric_name(metric)}, %"
 
 
 class _Group:
@@ -143,7 +163,7 @@ def _pareto(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
         floor = min(positive, default=1.0) / 3
         points = [(max(cost[m][key], floor) / unit, quality[m]) for m in quality]
         if logarithmic:
-            axis.set_xscale("log")
+            _logarithmic(axis)
         front = pareto_front(points)
         axis.plot(
             *zip(*(points[i] for i in front)), drawstyle="steps-post", color="#BBBBBB", zorder=1
@@ -176,7 +196,7 @@ def _pareto(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
 
 
 def _panels(count: int, width: float = 4.3, height: float = 3.4) -> Any:
-    columns = min(3, count)
+    columns = 2 if count == 4 else min(3, count)
     rows = -(-count // columns)
     figure, axes = _new(width * columns, height * rows, rows, columns)
     flat = list(axes.flat)
@@ -266,6 +286,8 @@ def _gap(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
 
 def _changes(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
     """How far each bias moved, by term and layer, where every term trains."""
+    from matplotlib import rc_context
+
     drawn = []
     for task in group.tasks:
         for entry in group.grid.methods:
@@ -278,8 +300,9 @@ def _changes(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
             place = f"{group.tasks.index(task) + 1}{group.methods.index(entry.label) + 1}"
             stem = f"change-{group.stem}-{place}"
             title = f"{entry.label} on {task}, {len(results)} runs"
-            for kind in ("png", "svg"):
-                change_heatmap(changes, folder / f"{stem}.{kind}", title)
+            with rc_context({"axes.grid": False}):
+                for kind in ("png", "svg"):
+                    change_heatmap(changes, folder / f"{stem}.{kind}", title)
             text = (
                 "Mean absolute change of the entries of each kind of bias, by layer, from the "
                 "kind that moved most to the one that moved least; averages beside the names."
@@ -319,7 +342,7 @@ def _curves(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
                 marker=style.marker, markersize=5, capsize=2, lw=1.6, elinewidth=0.8,
             )  # fmt: skip
             ends.append((means[-1], method, style.colour))
-        axis.set_xscale("log")
+        _logarithmic(axis)
         axis.set_xlabel("training time, s" if timed else "training examples")
         axis.set_ylabel(_label(task, metric))
         if not timed:

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from ..files import write_text
 from ..training.measure import commit
-from .analysis import Collected, Result, Spread, average, costs, spread
+from .analysis import Collected, Result, Spread, average, costs, metric_name, spread
 from .blocks import Block, Heading, Picture, Table, Text, Value, html_page, markdown_page
 from .figures import draw_all, names_of
 from .published import PUBLISHED, published
@@ -76,12 +76,15 @@ class _Section:
     def metric(self, task: str) -> str:
         for method in self.methods:
             if found := self.results(task, method.label):
-                return found[0].metric.replace("_", " ")
+                return metric_name(found[0].metric)
         return ""
 
     def paper_table(self) -> Table:
         """Return rows of methods and columns of tasks, as the paper's tables are."""
-        known = {m.label: published(m.method, m.terms) for m in self.methods}
+        known = {
+            m.label: published(m.method, m.terms) if m.layers is None and m.head else {}
+            for m in self.methods
+        }
         papers = [
             key
             for key in dict.fromkeys((p.model, p.split) for p in PUBLISHED)
@@ -173,7 +176,7 @@ class _Section:
                         (
                             Value(task),
                             Value(method.label),
-                            Value(metric.replace("_", " ")),
+                            Value(metric_name(metric)),
                             Value(f"{found.mean:.2f}"),
                             Value("" if found.deviation is None else f"{found.deviation:.2f}"),
                             Value(f"{found.median:.2f}"),
@@ -218,7 +221,7 @@ class _Section:
             head = (task, *(str(c) if timed else f"{c:,}" for c in columns))
             what = "time to train" if timed else "number of training examples"
             metric = next((r.metric for c in cells for r in self.collected.of(c)), "")
-            caption = f"{metric.replace('_', ' ')} in percent by {what}.".lstrip().capitalize()
+            caption = f"{metric_name(metric)} in percent, by {what}.".lstrip()
             tables.append(Table(head, tuple(rows), caption))
         return tables
 
@@ -327,7 +330,7 @@ def _troubles(collected: Collected) -> list[Block]:
     )
     head = ("run", "state", "why")
     caption = "A failed run's folder has a traceback.txt; --retry does failed runs again."
-    return [Heading("Failed and missing runs"), Table(head, rows, caption, names=3)]
+    return [Heading("Failed and missing runs"), Table(head, rows, caption, names=3, wrapped=True)]
 
 
 def _warnings(collected: Collected) -> list[Block]:
@@ -335,7 +338,7 @@ def _warnings(collected: Collected) -> list[Block]:
     if not counted:
         return []
     rows = tuple((Value(text), Value(str(count))) for text, count in counted.most_common())
-    return [Heading("Warnings"), Table(("warning", "runs"), rows)]
+    return [Heading("Warnings"), Table(("warning", "runs"), rows, wrapped=True)]
 
 
 def _published_table() -> Table:

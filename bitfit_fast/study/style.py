@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Look", "label_ends", "label_points", "looks"]
+__all__ = ["Look", "label_ends", "label_points", "looks", "settle_layout"]
 
-#: Colours that people with any colour vision can tell apart, in Paul Tol's muted scheme.
+#: Colours that people with any colour vision can tell apart, after Paul Tol's muted scheme, and
+#: dark enough for text on white.
 _COLOURS = (
-    "#CC3311", "#0077BB", "#117733", "#882255", "#DDAA33", "#33BBEE", "#332288", "#AA4499",
-    "#999933", "#44AA99",
+    "#CC3311", "#0077BB", "#117733", "#882255", "#C0860B", "#2A9BC8", "#332288", "#AA4499",
+    "#888822", "#3A9188",
 )  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 #: The two ends of every comparison look the same in every study.
@@ -58,6 +59,13 @@ def looks(methods: Iterable[tuple[str, str]]) -> dict[str, Look]:
     return found
 
 
+def settle_layout(figure: Any) -> None:
+    """Lay a figure out, once: what is measured afterwards stays, and it is drawn faster."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
 def label_points(
     axis: Any, points: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str]
 ) -> None:
@@ -72,8 +80,11 @@ def label_points(
     labels, colours : sequence of str
         One a point.
     """
+    from matplotlib.patheffects import withStroke
+
+    halo = withStroke(linewidth=2.5, foreground="white")
     figure = axis.figure
-    figure.canvas.draw()
+    settle_layout(figure)
     renderer = figure.canvas.get_renderer()
     frame = axis.get_window_extent(renderer)
     centres = [axis.transData.transform(point) for point in points]
@@ -86,7 +97,7 @@ def label_points(
             far = abs(dx) + abs(dy) > 16
             text = axis.annotate(
                 label, point, (dx, dy), textcoords="offset points", ha=horizontal, va=vertical,
-                fontsize=8, color=colour, zorder=4,
+                fontsize=8, color=colour, zorder=4, path_effects=[halo],
                 arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5} if far else None,
             )  # fmt: skip
             box = text.get_window_extent(renderer).extents
@@ -131,7 +142,7 @@ def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], size: float = 
         Of the text, in points.
     """
     figure = axis.figure
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     box = axis.get_window_extent()
     gap = 1.25 * size * figure.dpi / 72 / box.height
     low, high = axis.get_ylim()
