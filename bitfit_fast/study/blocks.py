@@ -142,11 +142,13 @@ def html_page(title: str, blocks: Sequence[Block], figures: Path) -> str:
     parts, places = [], []
     for block in blocks:
         if isinstance(block, Heading):
-            anchor = _anchor(block.text)
+            text, anchor = escape(block.text), ""
             if block.level == 2:
-                places.append(f'<a href="#{anchor}">{escape(block.text)}</a>')
-            text = escape(block.text)
-            parts.append(f'<h{block.level} id="{anchor}">{text}</h{block.level}>')
+                # grids may share a title
+                name = f"{len(places) + 1}-{_anchor(block.text)}"
+                places.append(f'<a href="#{name}">{text}</a>')
+                anchor = f' id="{name}"'
+            parts.append(f"<h{block.level}{anchor}>{text}</h{block.level}>")
         elif isinstance(block, Text):
             parts.append(f"<p>{escape(block.text)}</p>")
         elif isinstance(block, Table):

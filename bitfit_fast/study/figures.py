@@ -68,12 +68,13 @@ def _write(figure: Any, folder: Path, stem: str) -> None:
         replace_file(folder / f"{stem}.{kind}", save)
 
 
-def _logarithmic(axis: Any) -> None:
+def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     """Make the horizontal axis logarithmic, with numbers and not powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    wide = max(values) > 50 * min(values)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 3.0, 5.0)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -163,7 +164,7 @@ def _pareto(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
         floor = min(positive, default=1.0) / 3
         points = [(max(cost[m][key], floor) / unit, quality[m]) for m in quality]
         if logarithmic:
-            _logarithmic(axis)
+            _logarithmic(axis, [x for x, _ in points])
         front = pareto_front(points)
         axis.plot(
             *zip(*(points[i] for i in front)), drawstyle="steps-post", color="#BBBBBB", zorder=1
@@ -297,7 +298,7 @@ def _changes(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
             changes = mean_changes(results)
             if not changes:
                 continue
-            place = f"{group.tasks.index(task) + 1}{group.methods.index(entry.label) + 1}"
+            place = f"{group.tasks.index(task) + 1}-{group.methods.index(entry.label) + 1}"
             stem = f"change-{group.stem}-{place}"
             title = f"{entry.label} on {task}, {len(results)} runs"
             with rc_context({"axes.grid": False}):
@@ -342,7 +343,7 @@ def _curves(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
                 marker=style.marker, markersize=5, capsize=2, lw=1.6, elinewidth=0.8,
             )  # fmt: skip
             ends.append((means[-1], method, style.colour))
-        _logarithmic(axis)
+        _logarithmic(axis, list(ticks))
         axis.set_xlabel("training time, s" if timed else "training examples")
         axis.set_ylabel(_label(task, metric))
         if not timed:

@@ -382,10 +382,16 @@ def report_blocks(
             else:
                 blocks.append(section.paper_table())
                 blocks.append(section.cost_table())
-                blocks.append(section.seed_table())
             if searched := section.search_table():
                 blocks.append(searched)
         blocks += figures.get(index, [])
+        if not swept:
+            for model in grid.models:
+                title = ", ".join(["Every metric", *([model] if len(grid.models) > 1 else [])])
+                blocks += [
+                    Heading(title, 3),
+                    _Section(collected, index, model).seed_table(),
+                ]
     blocks += _troubles(collected)
     blocks += _warnings(collected)
     blocks += [Heading("Published averages"), _published_table()]

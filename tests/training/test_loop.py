@@ -486,3 +486,32 @@ def test_several_processes_are_told_who_trains_in_them(bert_folder, monkeypatch)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     with pytest.raises(BitFitError, match=r"one process, and there are 2; BitFitTrainer trains"):
         bitfit_fast.train(*fresh(bert_folder), DATA, SETTINGS)
+
+
+def test_a_number_of_examples_is_the_same_subset_as_the_share_that_it_is(bert_folder, tmp_path):
+    def trained(**given):
+        model, tokenizer = fresh(bert_folder)
+        settings = dataclasses.replace(SETTINGS, max_steps=4, **given)
+        summary = bitfit_fast.train(model, tokenizer, DATA, settings)
+        return summary["examples"], summary["final"]["validation"]["loss"]
+
+    assert trained(train_examples=10) == trained(train_fraction=0.25)
+    assert trained(train_examples=10)[0] == 10
+    with pytest.raises(BitFitError, match="train-examples 41 is more than the 40 examples"):
+        trained(train_examples=41)
+
+
+def test_the_validation_set_can_wait_for_the_last_step(bert_folder, tmp_path):
+    settings = dataclasses.replace(SETTINGS, validate_once=True)
+    model, tokenizer = fresh(bert_folder)
+    summary = bitfit_fast.train(model, tokenizer, DATA, settings, tmp_path / "run")
+    assert [(r["step"], r["split"]) for r in lines(tmp_path / "run")] == [
+        (4, "train"), (8, "train"), (12, "train"), (12, "validation"),
+    ]  # fmt: skip
+    assert summary["best"]["step"] == 12
+    saved = bitfit_fast.read(tmp_path / "run").tensors["classifier.weight"]
+    assert torch.equal(saved, model.classifier.weight)
+    # how often one looks changes nothing
+    model, tokenizer = fresh(bert_folder)
+    other = bitfit_fast.train(model, tokenizer, DATA, SETTINGS)
+    assert summary["final"]["validation"]["loss"] == other["final"]["validation"]["loss"]

@@ -45,6 +45,13 @@ def test_linear_schedule_warms_up_over_6_percent_and_falls_to_zero():
     assert 0 < rates[-1] < 2e-6
 
 
+def test_choices_that_exclude_each_other_are_refused():
+    with pytest.raises(BitFitError, match=r"train-fraction \(0\.5\) or train-examples \(9\)"):
+        Settings(train_fraction=0.5, train_examples=9)
+    with pytest.raises(BitFitError, match="patience 3 looks at the validation set on the way"):
+        Settings(patience=3, validate_once=True)
+
+
 def test_constant_schedule_stays_after_warm_up():
     plan = Plan.of(Settings(max_steps=1000, schedule="constant", warmup=0.0), "bitfit", 1600)
     assert {plan.lr_at(t) for t in range(1000)} == {1e-3}
