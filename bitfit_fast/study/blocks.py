@@ -139,7 +139,8 @@ def html_page(title: str, blocks: Sequence[Block], figures: Path) -> str:
     figures : Path
         Folder of the pictures' SVG files.
     """
-    parts, places = [], []
+    parts: list[str] = []
+    places: list[str] = []
     for block in blocks:
         if isinstance(block, Heading):
             text, anchor = escape(block.text), ""

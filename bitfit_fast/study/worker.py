@@ -96,15 +96,15 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
                 for (term, layer), change in bias_changes(before, read(folder)).items()
             ]
     write_json(folder / "changes.json", changes)
-    # what a finished run needs no more
-    files.state.unlink(missing_ok=True)
-    if keep == "none" or (keep == "small" and files.model.stat().st_size > _SMALL):
-        files.model.unlink(missing_ok=True)
     told = [str(w.message) for w in caught if issubclass(w.category, BitFitWarning)]
     write_json(
         folder / "run.json",
         {**run.identity, "name": run.name, "lr": summary["lr"], "warnings": told},
     )
+    # what a finished run needs no more; an unfinished one would
+    files.state.unlink(missing_ok=True)
+    if keep == "none" or (keep == "small" and files.model.stat().st_size > _SMALL):
+        files.model.unlink(missing_ok=True)
 
 
 def fail(folder: Path, error: str, details: str) -> None:
