@@ -17,7 +17,7 @@ from .diff_pruning import DiffPruning
 from .random_entries import RandomLines, RandomUniform
 from .through_peft import IA3, Lora, PrefixTuning, PromptTuning
 
-__all__ = ["METHODS", "Method", "Option", "prepare"]
+__all__ = ["METHODS", "Method", "Option", "option_values", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _added(
         **given: Any,
     ) -> Selection:
         refuse_choice(name, terms, layers)
-        extra = kind(name, {**_values(name, options, given), "seed": seed})
+        extra = kind(name, {**option_values(name, options, given), "seed": seed})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return select_added(model, extra, head)
@@ -82,8 +82,16 @@ def _added(
     return name, Method(choose, lr, summary, options, kind)
 
 
-def _values(method: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of every option."""
+def option_values(
+    method: str, options: Mapping[str, Option], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the value of every option of a method.
+
+    Raises
+    ------
+    BitFitError
+        For an option that it does not take, or a value out of its range.
+    """
     if unknown := [name for name in given if name not in options]:
         takes = f"takes {listed(options)}" if options else "has no options"
         raise BitFitError(f"method '{method}' does not take {listed(unknown)}; it {takes}")
@@ -190,6 +198,6 @@ def prepare(
         raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")
     row = METHODS[method]
     if row.kind is None:
-        _values(method, row.options, options)
+        option_values(method, row.options, options)
         return row.select(model, terms, layers, head)
     return row.select(model, terms, layers, head, seed=seed, **options)

@@ -16,12 +16,14 @@ import yaml
 
 from ..data.load import TASKS, task_name
 from ..errors import BitFitError, listed
+from ..methods import METHODS
+from ..methods.table import option_values
 from ..models.loading import DEFAULT_MODEL
 from ..selection import parse_layers, parse_terms
 from ..training.backends import BACKENDS
 from ..training.loop import choose_device
 from ..training.settings import Settings
-from .methods import METHODS, PRESETS
+from .terms import PRESETS
 
 __all__ = [
     "Budget",
@@ -79,7 +81,7 @@ class TaskEntry:
 class MethodEntry:
     """A method of a study: what trains, and under which name and values.
 
-    `by_task` holds values for single tasks, by the task's label.
+    `options` are the method's own; `by_task` holds values for single tasks, by the task's label.
     """
 
     label: str
@@ -87,6 +89,7 @@ class MethodEntry:
     terms: str = "all"
     layers: str | None = None
     head: bool = True
+    options: tuple[tuple[str, float], ...] = ()
     values: dict[str, Any] = field(default_factory=dict, compare=False)
     by_task: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
 
@@ -366,7 +369,9 @@ def _method(item: _Item, tasks: Collection[str]) -> MethodEntry:
     if not item.is_mapping:
         method, terms = _method_name(item)
         return MethodEntry(item.text(), method, terms)
-    entries = item.mapping(("name", "method", "terms", "layers", "head", "tasks", *_TRAINING))
+    known = dict.fromkeys(name for row in METHODS.values() for name in row.options)
+    keys = ("name", "method", "terms", "layers", "head", "tasks", *_TRAINING, *known)
+    entries = item.mapping(keys)
     named = entries.get("method", entries.get("name"))
     if named is None:
         raise item.fail("a method needs the key method")
@@ -376,6 +381,15 @@ def _method(item: _Item, tasks: Collection[str]) -> MethodEntry:
         terms = _parsed(entries["terms"], parse_terms)
     if "layers" in entries:
         layers = _parsed(entries["layers"], parse_layers)
+    options = {}
+    for name in known:
+        if name in entries:
+            value = entries[name].real()
+            options[name] = int(value) if value.is_integer() else value
+            try:
+                option_values(method, METHODS[method].options, {name: options[name]})
+            except BitFitError as error:
+                raise entries[name].fail(str(error)) from None
     by_task = {}
     if "tasks" in entries:
         for label, values in entries["tasks"].mapping(tasks).items():
@@ -386,6 +400,7 @@ def _method(item: _Item, tasks: Collection[str]) -> MethodEntry:
         terms=terms,
         layers=layers,
         head=entries["head"].flag() if "head" in entries else True,
+        options=tuple(options.items()),
         values=_values(entries),
         by_task=by_task,
     )

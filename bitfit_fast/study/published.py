@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .methods import symbols
+from .terms import symbols
 
 __all__ = ["PUBLISHED", "Published", "published"]
 

@@ -20,11 +20,12 @@ from typing import Any
 from ..data.load import load_task
 from ..data.task import TaskData
 from ..errors import BitFitError
+from ..methods import prepare
 from ..models.loading import describe_model
 from ..training.loop import subset
 from ..training.settings import DEFAULT_EPOCHS, MIN_STEPS, Settings
 from .grid import Budget, Grid, MethodEntry, Search, Study, TaskEntry
-from .methods import prepare, symbols
+from .terms import symbols
 
 __all__ = [
     "CLOCK",
@@ -110,6 +111,7 @@ class Run:
             "terms": symbols(self.method.terms),
             "layers": self.method.layers,
             "head": self.method.head,
+            "options": dict(self.method.options),
             "settings": given,
             "rates": self.rates,
             "search": asdict(self.search) if self.search else None,
@@ -273,7 +275,9 @@ def check_methods(study: Study) -> None:
                     continue
                 try:
                     # a model that is not for classification gets its head later
-                    prepare(described, "bitfit", method.terms, method.layers, head=False)
+                    prepare(
+                        described, "bitfit", terms=method.terms, layers=method.layers, head=False
+                    )
                 except BitFitError as error:
                     raise BitFitError(f"method '{method.label}' for {model}: {error}") from None
 

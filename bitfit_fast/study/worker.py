@@ -19,11 +19,11 @@ from ..checkpoint import read
 from ..errors import BitFitError, BitFitWarning
 from ..files import write_json, write_text
 from ..inference import bias_changes
+from ..methods import prepare
 from ..models.loading import load_model, load_tokenizer
 from ..training.loop import train
 from ..training.run_folder import RunFolder
 from ..training.settings import Settings
-from .methods import prepare
 from .sweeps import FINAL, TRIAL, Run, hold_back, load_source
 
 __all__ = ["DONE", "FAILED", "OPEN", "perform", "state", "summary_of", "work"]
@@ -82,15 +82,18 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BitFitWarning)
         if not files.summary.exists():
-            model = load_model(run.model, data.labels, settings.seed)
-            prepare(model, method.method, method.terms, method.layers, method.head)
+            model = load_model(run.model, data.labels, settings.seed, data.kind)
+            prepare(
+                model, method.method, terms=method.terms, layers=method.layers, head=method.head,
+                seed=settings.seed, **dict(method.options),
+            )  # fmt: skip
             tokenizer = load_tokenizer(run.model)
             train(model, tokenizer, data, settings, folder, resume=files.settings.exists())
         changes: list[dict[str, Any]] = []
         summary = summary_of(folder)
         assert summary is not None
         if run.purpose == FINAL and summary["terms"]:
-            before = load_model(run.model, data.labels, settings.seed)
+            before = load_model(run.model, data.labels, settings.seed, data.kind)
             changes = [
                 {"term": term, "layer": layer, "change": change}
                 for (term, layer), change in bias_changes(before, read(folder)).items()
