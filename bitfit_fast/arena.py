@@ -269,6 +269,19 @@ class ArenaAdamW(torch.optim.AdamW):
                 moments = {k: self.arena.view(name, flat) for k, flat in self._moments.items()}
                 self.state[parameter] = {"step": step, **moments}
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All that a step changes: values, gradients, moments, step counts."""
+        return [self.arena.values, self.arena.gradients, *self._moments.values(), self._steps]
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all groups, without waiting for the device."""
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # where a captured graph reads it
+            else:
+                group["lr"] = lr
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take the groups of the constructor, and no others."""
         if hasattr(self, "_runs"):

@@ -34,6 +34,7 @@ __all__ = [
     "PRECISIONS",
     "Encoder",
     "encoder_of",
+    "fixed_refusal",
     "for_model",
     "install",
     "refusal",
@@ -49,6 +50,9 @@ _ENCODER = "_bitfit_fast_encoder"
 #: Argument of a patched model: the tokens of each sequence, of a mask that is ones, then zeros.
 #: To read them off the mask would wait for a GPU.
 LENGTHS = "packed_lengths"
+
+#: How the names of classes end whose head looks at nothing but tokens' outputs and labels.
+_FIXED = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 
 #: Arguments of base models that say what is known anyway, or nothing.
 _HARMLESS = {
@@ -86,6 +90,9 @@ class Encoder:
         Whether the head looks at tokens of padding, which then are computed, too.
     packing, beta
         Of the batch that is running.
+    fixed : (Packing, dict), optional
+        A packing, and the base model's inputs packed like that, in the place of those that
+        it is given; see `given`.
     marks : list of (int, int)
         By which a change of the weights is found.
     sums : list of Tensor
@@ -104,6 +111,7 @@ class Encoder:
     reads_padding: bool = False
     packing: Packing | None = None
     beta: nn.Parameter | None = None
+    fixed: tuple[Packing, dict[str, Tensor]] | None = None
     marks: list[tuple[int, int]] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
 
@@ -173,6 +181,23 @@ class Encoder:
             self.packing = self.beta = None
             if norm is not None:
                 del norm._leaves_bias
+
+    @contextlib.contextmanager
+    def given(self, packing: Packing, inputs: dict[str, Tensor]) -> Iterator[None]:
+        """Let the base model run on inputs that are packed already, whatever it is called with."""
+        self.fixed = packing, inputs
+        try:
+            yield
+        finally:
+            self.fixed = None
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Return the `[B, S]` positions that the model would give to padded tokens."""
+        if self.row.positions == "index":
+            return torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
+        padding = int(self.embeddings.padding_idx)  # type: ignore[arg-type]
+        real = ids.ne(padding)
+        return real.cumsum(1) * real + padding
 
     def _embedding_norm(self) -> Any:
         """Return the LayerNorm that the stack's input is the output of, if its bias trains.
@@ -416,6 +441,20 @@ def _takes_more(forward: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
+def fixed_refusal(model: nn.Module) -> str | None:
+    """Return why a patched model cannot run on packed inputs of a fixed size, or None.
+
+    Its head may look at what it is called with, which is then of another shape.
+    """
+    config: Any = model.config
+    head = type(model).__name__
+    if not head.endswith(_FIXED) or not _is_known_head(model):
+        return f"{head} may look at the padded batch"
+    if config.output_hidden_states or config.output_attentions:
+        return "hidden states or attentions are asked for"
+    return None
+
+
 def for_model(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """Return a batch without its lengths, if the model's forward method would refuse them."""
     if LENGTHS not in batch or _takes_more(type(model).forward):
@@ -532,6 +571,10 @@ class _Base:
         forward = super().forward  # type: ignore[misc]
         main = self.main_input_name  # type: ignore[attr-defined]
         names = (main, "attention_mask")
+        if encoder.fixed is not None:
+            fixed, own = encoder.fixed
+            with encoder.running(fixed):
+                return forward(**{**dict(zip(names, args)), **kwargs, **own})
         lengths = kwargs.pop(LENGTHS, None)
         if len(args) > len(names):
             return forward(*args, **kwargs)
@@ -557,7 +600,7 @@ class _Base:
             packing = Packing.of_mask(mask)
         if packing is None or (encoder.reads_padding and packing.tokens < x.numel()):
             return forward(*args, **kwargs)
-        inputs.setdefault("position_ids", _positions(encoder, x))
+        inputs.setdefault("position_ids", encoder.positions(x))
         for key in ("position_ids", "token_type_ids"):
             if key in inputs:
                 inputs[key] = packing.pack(inputs[key].expand_as(x))[None]
@@ -578,15 +621,6 @@ def _understood(base: nn.Module, inputs: dict[str, Any]) -> bool:
         return False
     known = {"token_type_ids", "position_ids"}
     return all(key in known or key in _HARMLESS or not value for key, value in inputs.items())
-
-
-def _positions(encoder: Encoder, ids: Tensor) -> Tensor:
-    """Return the `[B, S]` positions that the model would give to padded tokens."""
-    if encoder.row.positions == "index":
-        return torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
-    padding = int(encoder.embeddings.padding_idx)  # type: ignore[arg-type]
-    real = ids.ne(padding)
-    return real.cumsum(1) * real + padding
 
 
 class _Container:

@@ -33,7 +33,7 @@ class Step(Protocol):
     no_gradient: frozenset[str]
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Train on one batch and return the detached loss."""
+        """Train on one batch, wherever it is, and return the detached loss."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimiser's tensors by name."""

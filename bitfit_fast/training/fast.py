@@ -12,13 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..arena import Arena, ArenaAdamW
-from ..data.batches import Batch, Collate, Features
+from ..data.batches import Batch, Collate, Features, move
 from ..encoder import LENGTHS, MEMORY, encoder_of, for_model, refusal
 from ..errors import BitFitError
 from ..kernels import native
 from ..kinds import KINDS, forward, kind_of
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
+from .fixed import FixedSteps, budgets, check_budget
+from .graph import Recorder
 from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
@@ -52,45 +54,91 @@ class FastStep:
         After `patch_encoder`; its parameters with `requires_grad` train, and lie in an arena
         until `close`.
     plan : Plan
-        Learning rate, precision and clipping.
+        Learning rate, precision, clipping and budgets; and whether steps on a GPU are captured
+        in CUDA graphs, as far as that is possible.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.no_gradient: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
         self.arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
-        self.optimizer = ArenaAdamW(self.arena, lr=plan.lr, weight_decay=0.0)
+        self.device = self.arena.values.device
+        parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.encoder = encoder_of(model)
+        captures = plan.graph and self.device.type == "cuda" and not parallel
+        self.optimizer = ArenaAdamW(self.arena, lr=plan.lr, weight_decay=0.0, capturable=captures)
         if self.encoder is not None:
             self.encoder.write_to(self.arena)
         self.steps = 0
         #: Bytes that a step may take.
-        self.room = _free_memory(self.arena.values.device)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        self.room = _free_memory(self.device)
+        #: The steps on packings of a fixed size, if there are any.
+        self.fixed: FixedSteps | None = None
+        if captures and self.encoder is not None:
+            self.fixed = self.of_fixed_size(Recorder(self.device, self.optimizer.buffers))
+        if parallel:
             dist.broadcast(self.arena.values, 0)
 
+    def of_fixed_size(self, record: Recorder | None = None, after: int = 1) -> FixedSteps:
+        """Return these steps on packings of a fixed size; parameters as in `FixedSteps`."""
+        assert self.encoder is not None
+        given = self.plan.token_budget or budgets(self.plan.batch_size * self.plan.max_length)
+        return FixedSteps(
+            self.model, self.encoder, self._trained, given, self.device, record, after
+        )
+
     def __call__(self, batch: Batch) -> Tensor:
-        """Train on one batch; return its loss, detached, without waiting for the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr_at(self.steps)
+        """Train on one batch; return its loss, detached, without waiting for the device.
+
+        Raises
+        ------
+        BitFitError
+            For a batch that is larger than the largest budget of the plan, or than memory.
+        """
+        if self.plan.token_budget:
+            check_budget(batch, self.plan.token_budget)
+        self.optimizer.set_lr(self.plan.lr_at(self.steps))
+        loss = None
+        # the first step tells which parameters get no gradient
+        if self.steps and self.fixed is not None:
+            self.arena.check()
+            loss = self.fixed(batch)
+        if loss is None:
+            loss = self._eager(batch)
+        self.steps += 1
+        return loss
+
+    def _eager(self, batch: Batch) -> Tensor:
+        """Train on a batch as it is."""
         self.arena.zero_gradients()
         idle = self._without_gradient() if not self.steps else []
         try:
-            loss = forward(self.model, for_model(self.model, batch)).loss
+            inputs = for_model(self.model, move(batch, self.device))
+            loss = forward(self.model, inputs).loss
             loss.backward()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             raise BitFitError(self._what_fits(batch)) from None
         idle = [parameter for parameter in idle if parameter.grad is None]
+        self._update()
+        for parameter in idle:
+            parameter.grad = None  # for the caller to see
+        return loss.detach()
+
+    def _trained(self, inputs: dict[str, Any]) -> Tensor:
+        """Train on what the model takes; return the loss."""
+        self.arena.zero_gradients()
+        loss = self.model(**inputs).loss
+        loss.backward()
+        self._update()
+        return loss.detach()
+
+    def _update(self) -> None:
         self.arena.all_reduce()
         if self.plan.grad_clip:
             self.arena.clip_(self.plan.grad_clip)
         self.optimizer.step()
-        self.steps += 1
-        for parameter in idle:
-            parameter.grad = None  # for the caller to see
-        return loss.detach()
 
     def _what_fits(self, batch: Batch) -> str:
         """Say which batches would have fitted, by what the layers keep of a token."""
@@ -148,6 +196,7 @@ class FastStep:
 
     def close(self) -> None:
         """Give the parameters their own memory again."""
+        self.fixed = None
         if self.encoder is not None:
             self.encoder.write_to(None)
         self.arena.release()

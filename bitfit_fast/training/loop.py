@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..additions import addition
 from ..checkpoint import fingerprint, save, stored, versions
-from ..data.batches import move, training_batches
+from ..data.batches import training_batches
 from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning, listed
 from ..files import write_json
@@ -317,7 +317,7 @@ class _Run:
         self.clock.restart()
         while self.progress.step < end:
             count, batch = next(batches)
-            pending.append(self.step(move(batch, self.device)))
+            pending.append(self.step(batch))
             examples += count
             if self.step.steps == 1:
                 self._check_gradients()

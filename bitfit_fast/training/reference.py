@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..additions import addition
-from ..data.batches import Batch, Collate
+from ..data.batches import Batch, Collate, move
 from ..encoder import MEMORY
 from ..kinds import KINDS, forward
 from ..selection import NO_GRADIENT, Selection
@@ -54,7 +54,7 @@ class ReferenceStep:
         self.optimizer.zero_grad()
         bf16 = self.plan.precision == "bf16"
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=bf16):
-            loss = forward(self.model, batch).loss
+            loss = forward(self.model, move(batch, self.plan.device)).loss
         penalty = self.addition.penalty(self.model) if self.addition else None
         (loss if penalty is None else loss + penalty).backward()
         if self.plan.grad_clip:

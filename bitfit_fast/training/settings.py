@@ -81,6 +81,11 @@ class Settings:
     memory : str
         How much the fast backend keeps for the backward pass: `fast`, `low`, `lower` or
         `lowest`; see `patch_encoder`.
+    graph : bool
+        Whether the fast backend captures steps on a GPU in CUDA graphs where it can.
+    token_budget : tuple of int, optional
+        Tokens of a batch that those graphs are made for; a batch of more than the largest is an
+        error, on any device. By default as many as batches of `batch_size` and `max_length` need.
 
     Raises
     ------
@@ -108,6 +113,8 @@ class Settings:
     memory: str = MEMORY[0]
     train_examples: int | None = None
     validate_once: bool = False
+    graph: bool = True
+    token_budget: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, valid, ranges in (
@@ -128,6 +135,7 @@ class Settings:
             ("grad_clip", lambda v: 0 <= v < math.inf, "at least 0"),
             ("eval_every", lambda v: v >= 1, "at least 1"),
             ("patience", lambda v: v >= 1, "at least 1"),
+            ("token_budget", lambda v: v and min(v) >= 1, "numbers of at least 1"),
         ):
             value = getattr(self, name)
             if value is not None and not valid(value):
@@ -197,7 +205,7 @@ class Plan:
         Peak learning rate.
     device : torch.device
         Where it trains.
-    schedule, precision, grad_clip, batch_size, max_length, memory
+    schedule, precision, grad_clip, batch_size, max_length, memory, graph, token_budget
         As in `Settings`.
     """
 
@@ -213,6 +221,8 @@ class Plan:
     max_length: int | None
     device: torch.device
     memory: str = MEMORY[0]
+    graph: bool = True
+    token_budget: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -258,6 +268,8 @@ class Plan:
             max_length=settings.max_length,
             device=device or torch.device("cpu"),
             memory=settings.memory,
+            graph=settings.graph,
+            token_budget=settings.token_budget,
         )
 
     def lr_at(self, step: int) -> float:
