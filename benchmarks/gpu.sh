@@ -39,7 +39,8 @@ tests=()
 if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
     tests=(tests/kernels/test_dropout.py)
 else
-    for tested in tests/kernels tests/ops tests/modules tests/models tests/encoder/test_kernels.py; do
+    for tested in tests/kernels tests/ops tests/modules tests/models tests/encoder/test_kernels.py \
+        tests/training/test_graph.py; do
         [ -e "$tested" ] && tests+=("$tested")
     done
     tests+=(--ignore=tests/kernels/test_compile.py)
@@ -57,10 +58,12 @@ print(provenance.slug(torch.device("cuda" if torch.cuda.is_available() else "cpu
 # 1,024 and 8,192 tokens
 steps=(--model bert-base --task 64 --batch-size 16,128 --batches 2 --repeats 30)
 kept=(--model bert-base --task 64 --batch-size 128)
-compiled=autocast-compiled,bf16,bf16-compiled model=bert-base
+# with CUDA graphs, which the compiled ones are no slower for
+compiled=autocast-graph-compiled,bf16,bf16-graph-compiled model=bert-base
 if [ "$device" = cpu ]; then
     steps=(--model minilm --task MRPC --batches 2 --repeats 10)
     kept=(--model minilm --task 64 --batch-size 16)
+    compiled=autocast-compiled,bf16,bf16-compiled
 fi
 if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
     compiled=autocast-compiled model=tiny
@@ -69,7 +72,7 @@ part step 75 "$python" benchmarks/step.py "${steps[@]}" --seconds 45 \
     --output "$out/step-$device.json"
 # to compile takes most of its time
 part step-compiled 120 "$python" benchmarks/step.py "${steps[@]}" --seconds 90 \
-    --variants autocast,$compiled,fast-bf16 \
+    --variants autocast,$compiled,fast-bf16,fast-bf16-graph \
     --output "$out/step-compiled-$device.json"
 part memory 25 "$python" benchmarks/memory.py "${kept[@]}" --output "$out/memory-$device.json"
 part cost-model 20 "$python" benchmarks/cost_model.py --model $model --output "$out/cost-model.json"

@@ -50,6 +50,8 @@ _FLOOR = {"fp32": 1e-5, "bf16": 2e-3}
 _PYTORCH = {"fp32": "fp32", "bf16": "autocast"}
 _COMPILED = tuple(name for name in VARIANTS if name.endswith("-compiled"))
 _DEFAULT = tuple(n for n in VARIANTS if n not in _COMPILED and not n.endswith("-torch"))
+#: What needs a GPU to be anything of its own.
+_GRAPHS = tuple(name for name in VARIANTS if "-graph" in name)
 
 
 def count_lengths(data_dir: Path) -> None:
@@ -152,7 +154,8 @@ def measure(
         try:
             step = build(variant, setting)
             inputs[name] = [variant.input(batch) for batch in made]
-            for batch in inputs[name]:  # compiles, and makes the optimiser's state
+            # compiles, captures, and makes the optimiser's state
+            for batch in inputs[name] * variant.begins:
                 step(batch)
             steps[name] = step
         except Exception as failure:
@@ -244,10 +247,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no round later")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        arguments.variants = [n for n in arguments.variants if n not in _GRAPHS]
     if unknown := set(arguments.variants) - VARIANTS.keys():
         parser.error(f"unknown variants: {', '.join(sorted(unknown))}")
     if arguments.compile:
-        arguments.variants += [n for n in _COMPILED if n not in arguments.variants]
+        left = (*arguments.variants, *(_GRAPHS if arguments.device == "cpu" else ()))
+        arguments.variants += [name for name in _COMPILED if name not in left]
     if QUICK:
         arguments.model, arguments.batches, arguments.repeats = ["tiny"], 2, 2
         arguments.batch_size = [4]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfit_fast
+from bitfit_fast.encoder import LENGTHS as TOKENS
 from bitfit_fast.encoder import install
 from bitfit_fast.models.families import biases
 from bitfit_fast.models.loading import DEFAULT_MODEL
@@ -163,10 +164,22 @@ def _as_tokens(batch: Batch) -> Batch:
     return {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
 
 
+def _with_lengths(batch: Batch) -> Batch:
+    """Tell the lengths of a batch, as the product's collation does."""
+    mask = batch.get("attention_mask")
+    known: Any = {} if mask is None else {TOKENS: tuple(mask.sum(1).tolist())}
+    return {**batch, **known}
+
+
 def plan(setting: Setting, **options: Any) -> Plan:
     """Return a plan whose learning rate is constant, and too small to matter."""
     settings = bitfit_fast.Settings(
-        lr=1e-6, max_steps=1_000_000, warmup=0.0, schedule="constant", **options
+        lr=1e-6,
+        max_steps=1_000_000,
+        warmup=0.0,
+        schedule="constant",
+        batch_size=setting.batch_size,
+        **options,
     )
     return Plan.of(settings, "frozen", setting.batch_size, setting.device)
 
@@ -223,6 +236,8 @@ class Variant:
         What becomes of a batch before it is timed.
     backend : str, optional
         Value of `BITFIT_FAST_BACKEND` while it runs.
+    begins : int
+        Steps on batches of a kind after which it goes as it will go on.
     """
 
     name: str
@@ -232,6 +247,7 @@ class Variant:
     make: Callable[[Setting, Plan], Any]
     input: Callable[[Batch], Batch] = lambda batch: batch
     backend: str | None = None
+    begins: int = 1
 
 
 def _reference(setting: Setting, plan: Plan) -> ReferenceStep:
@@ -245,13 +261,16 @@ def _pure(setting: Setting, plan: Plan) -> ReferenceStep:
     return ReferenceStep(model, replace(plan, precision="fp32"))
 
 
-def _compiled(make: Callable[[Setting, Plan], ReferenceStep]) -> Any:
+def _compiled(make: Callable[[Setting, Plan], ReferenceStep], graph: bool = False) -> Any:
     def compiled(setting: Setting, plan: Plan) -> ReferenceStep:
         torch._dynamo.config.recompile_limit = 64
         step = make(setting, plan)
         # a run that only shows that all works has no minutes to compile in
-        compiler = "aot_eager" if QUICK else "inductor"
-        step.model = torch.compile(step.model, dynamic=True, backend=compiler)
+        how: dict[str, Any] = {"backend": "aot_eager" if QUICK else "inductor"}
+        if graph and not QUICK:
+            how["mode"] = "reduce-overhead"
+        # a graph is for one shape
+        step.model = torch.compile(step.model, dynamic=not graph, **how)
         return step
 
     return compiled
@@ -290,10 +309,10 @@ def _rung(first_only: bool | None, stops: bool) -> Any:
     return rung
 
 
-def _fast(memory: str = "fast") -> Any:
+def _fast(memory: str = "fast", graph: bool = False) -> Any:
     def fast(setting: Setting, plan: Plan) -> FastStep:
         model = load(setting)
-        plan = replace(plan, memory=memory)
+        plan = replace(plan, memory=memory, graph=graph)
         FastBackend().patch(model, bitfit_fast.Selection.of(model), plan)
         return FastStep(model, plan)
 
@@ -323,6 +342,14 @@ def _variants() -> Iterator[Variant]:
     for name, says, precision, make in references:
         compiled = _compiled(make)
         yield Variant(f"{name}-compiled", f"{says}, compiled", "reference", precision, compiled)
+        yield Variant(
+            f"{name}-graph-compiled",
+            f"{says}, compiled, in CUDA graphs",
+            "reference",
+            precision,
+            _compiled(make, graph=True),
+            begins=3,
+        )
     for name, says, make in (("full", "full fine-tuning", _full), ("lora", "LoRA, rank 8", _lora)):
         yield Variant(f"{name}-fp32", f"{says}, fp32", "other", "fp32", make)
         yield Variant(f"{name}-autocast", f"{says}, autocast to bf16", "other", "bf16", make)
@@ -341,12 +368,19 @@ def _variants() -> Iterator[Variant]:
     yield Variant(
         "stops", "+ backward ends at the lowest bias", "ladder", "fp32", _rung(None, True)
     )
-    yield Variant("fast-fp32", "fast, fp32: + one flat buffer", "ladder", "fp32", _fast())
-    yield Variant("fast-bf16", "fast, bf16: + frozen weights in bf16", "ladder", "bf16", _fast())
+    for name, says, precision, graph in (
+        ("fast-fp32", "fast, fp32: + one flat buffer", "fp32", False),
+        ("fast-bf16", "fast, bf16: + frozen weights in bf16", "bf16", False),
+        ("fast-bf16-graph", "fast, bf16, + a CUDA graph of the step", "bf16", True),
+    ):
+        yield Variant(
+            name, says, "ladder", precision, _fast(graph=graph), _with_lengths,
+            begins=3 if graph else 1,
+        )  # fmt: skip
     yield Variant("modules", "bias-only modules, fp32", "fast", "fp32", _modules)
     for memory in ("low", "lower", "lowest"):
         says = f"fast, bf16, memory mode {memory}"
-        yield Variant(f"fast-bf16-{memory}", says, "fast", "bf16", _fast(memory))
+        yield Variant(f"fast-bf16-{memory}", says, "fast", "bf16", _fast(memory), _with_lengths)
     for precision in ("fp32", "bf16"):
         yield Variant(
             f"fast-{precision}-torch",
@@ -354,6 +388,7 @@ def _variants() -> Iterator[Variant]:
             "fast",
             precision,
             _fast(),
+            _with_lengths,
             backend="torch",
         )
 
@@ -415,7 +450,8 @@ def bias_gradients(variant: Variant | None, setting: Setting, batch: Batch) -> T
     else:
         step = build(variant, setting, grad_clip=0.0)
         model = step.inner.model  # type: ignore[attr-defined]
-        step(variant.input(batch))
+        for _ in range(variant.begins):
+            step(variant.input(batch))
     model = getattr(model, "_orig_mod", model)
     names = [n for n in _trained_biases(model) if not n.startswith("classifier")]
     parts = []

@@ -130,6 +130,17 @@ def _say(text: str, where: Console = console) -> None:
     where.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Read whole numbers joined by commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        message = f"{option} must be whole numbers joined by commas, as in 1024,2048, not '{text}'"
+        raise BitFitError(message) from None
+
+
 def _quiet() -> None:
     """Keep the libraries below to errors: what they say besides is no news here."""
     import transformers
@@ -310,6 +321,22 @@ def train(
             rich_help_panel=RUN,
         ),
     ] = MEMORY[0],
+    graph: Annotated[
+        bool,
+        typer.Option(
+            "--graph/--no-graph",
+            help="Capture the fast backend's steps on a GPU in CUDA graphs.",
+            rich_help_panel=RUN,
+        ),
+    ] = True,
+    token_budget: Annotated[
+        Text,
+        typer.Option(
+            help="Tokens of a batch that the graphs are for, as in 1024,2048; more are an error. "
+            "By default what batch size and length need.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a pretrained model, and leave a run folder.
 
@@ -323,6 +350,7 @@ def train(
         schedule=schedule, seed=seed, precision=precision,
         train_fraction=train_fraction, train_examples=train_examples, grad_clip=grad_clip,
         eval_every=eval_every, patience=patience, backend=backend, device=device, memory=memory,
+        graph=graph, token_budget=_numbers("token-budget", token_budget),
     )  # fmt: skip
     if method not in METHODS:
         raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")

@@ -457,3 +457,15 @@ def test_parity_says_so_and_writes_the_numbers(run, files, bert_folder, tmp_path
     assert code == 0 and "parity: gradients in fp32 within" in out
     found = json.loads((tmp_path / "parity.json").read_text())
     assert found["failures"] == [] and len(found["losses"]["fast bf16"]) == 2
+
+
+def test_a_batch_beyond_the_token_budget_ends_training(run, bert_folder, rte_folder, tmp_path):
+    start = quick(bert_folder, tmp_path / "run", "--task", "rte", "--data-dir", rte_folder)
+    code, _, err = run(*start, "--token-budget", "16,40")
+    assert code == 2 and "a batch of 8 examples has" in err and "token budget is 40" in err
+    assert not (tmp_path / "run").exists()
+    code, _, err = run(*start, "--token-budget", "many")
+    assert code == 2 and "whole numbers joined by commas, as in 1024,2048, not 'many'" in err
+    code, _, err = run(*start, "--token-budget", "400", "--backend", "reference")
+    assert code == 2 and "it has no token budget, and 400 is asked for" in err
+    assert run(*start, "--token-budget", "400", "--no-graph")[0] == 0

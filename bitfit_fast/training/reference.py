@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..additions import addition
 from ..data.batches import Batch, Collate, move
 from ..encoder import MEMORY
+from ..errors import listed
 from ..kinds import KINDS, forward
 from ..selection import NO_GRADIENT, Selection
 from .settings import Plan
@@ -88,7 +89,9 @@ class ReferenceStep:
 
 
 def without_memory_modes(plan: Plan) -> str | None:
-    """Refuse a plan that asks for less memory, which only the fast backend knows how to."""
+    """Refuse a plan that asks for less memory or a budget, which only the fast backend has."""
+    if plan.token_budget:
+        return f"it has no token budget, and {listed(plan.token_budget)} is asked for"
     if plan.memory == MEMORY[0]:
         return None
     return f"it has no memory modes, and '{plan.memory}' is asked for"

@@ -22,6 +22,12 @@ def test_a_value_out_of_range_is_named(name, value):
         Settings(**{name: value})
 
 
+@pytest.mark.parametrize("budget", [(), (0,), (64, -1)])
+def test_a_token_budget_is_at_least_one_token(budget):
+    with pytest.raises(BitFitError, match="token-budget must be numbers of at least 1, not"):
+        Settings(token_budget=budget)
+
+
 def test_bitfit_trains_for_three_epochs_and_no_fewer_than_500_steps():
     assert Plan.of(Settings(), "bitfit", 2490).steps == 500
     assert Plan.of(Settings(), "bitfit", 8551).steps == 3 * 535
