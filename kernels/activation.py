@@ -209,7 +209,11 @@ def activation_fwd(
 
 
 def activation_bwd(
-    dh: Tensor, x: Tensor, b: Tensor | None = None, act: str = "gelu"
+    dh: Tensor,
+    x: Tensor,
+    b: Tensor | None = None,
+    act: str = "gelu",
+    partial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of the activation's input and its column sum.
 
@@ -223,21 +227,25 @@ def activation_bwd(
         `[N]`, the bias of the forward pass; unused with the derivative.
     act : str
         A key of `ACTIVATIONS`.
+    partial : Tensor, optional
+        `[1, P, N]` fp32, contiguous: where partial rows go that the caller will add.
 
     Returns
     -------
     dz, db : Tensor, Tensor
-        `[M, N]` in the dtype of `dh`; `[N]` fp32, the sum of the unrounded `dz`. The same
-        inputs give the same bits.
+        `[M, N]` in the dtype of `dh`; `[N]` fp32, the sum of the unrounded `dz`, or `partial`.
+        The same inputs give the same bits.
     """
     rows, columns = dh.shape
     few_bits = x.dtype == torch.uint8
     has_bias = b is not None and not few_bits
     config = column_config(rows, columns, processors(dh))
-    partial_rows = config.pop("P")
+    size, later = (1, config.pop("P"), columns), partial is not None
+    if partial is None:
+        partial = torch.empty(size, dtype=torch.float32, device=dh.device)
+    partial_rows = partial.shape[1]
     low, step = quantisation(act)
     dz = torch.empty(rows, columns, dtype=dh.dtype, device=dh.device)
-    partial = torch.empty(1, partial_rows, columns, dtype=torch.float32, device=dh.device)
     if partial.numel():
         grid = (cdiv(columns, config["BLOCK_N"]), partial_rows)
         with device_guard(dh):
@@ -259,4 +267,4 @@ def activation_bwd(
                 FEW_BITS=few_bits,
                 **config,
             )
-    return dz, add_partial_rows(partial)[0]
+    return dz, partial if later else add_partial_rows(partial)[0]

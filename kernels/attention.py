@@ -37,7 +37,13 @@ from ._constants import threshold
 from ._dropout import kept
 from ._launch import INTERPRETED, cdiv, device_guard, next_power_of_2
 
-__all__ = ["MAX_HEAD_SIZE", "attention_bwd", "attention_config", "attention_fwd"]
+__all__ = [
+    "MAX_HEAD_SIZE",
+    "attention_bwd",
+    "attention_config",
+    "attention_fwd",
+    "attention_sums",
+]
 
 #: The widest head: several blocks of its rows have to fit into a program's registers.
 MAX_HEAD_SIZE = 128
@@ -76,6 +82,19 @@ def _store_rows(at, stride, first, left, rows, D: tl.constexpr):
     row, col = tl.arange(0, rows.shape[0])[:, None], tl.arange(0, rows.shape[1])[None, :]
     at += first * stride + (row * stride + col)
     tl.store(at, rows.to(at.dtype.element_ty), mask=(row < left) & (col < D))
+
+
+@triton.jit
+def _store_vector(sums_ptr, H, head, vector, D: tl.constexpr):
+    """Store what a program adds to a bias gradient, a partial row of its own for each block."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    col = tl.arange(0, vector.shape[0])
+    tl.store(sums_ptr + (row * H + head) * D + col, vector, mask=col < D)
+
+
+@triton.jit
+def _store_sum(sums_ptr, H, head, rows, D: tl.constexpr):
+    _store_vector(sums_ptr, H, head, tl.sum(rows, axis=0), D)
 
 
 @triton.jit
@@ -195,10 +214,12 @@ def _attention_bwd_kernel(
     lse_ptr,  # [Tq, H], fp32, of base 2
     delta_ptr,  # [Tq, H], fp32
     dq_ptr,  # [Tq, H, D]
+    q_sums_ptr,  # [B * blocks of queries, H, D], fp32
+    v_sums_ptr,  # [B, H, D], fp32; with WRITES_DKV
     H, stride_om, stride_oh, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
     stride_bh, stride_bi, stride_bj, stride_dkm, threshold, scale, unscale, sqrt, stride_dqm,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    WRITES_DKV: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    WRITES_DKV: tl.constexpr, ONE_BLOCK: tl.constexpr, HAS_SUMS: tl.constexpr,
     AGAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     start_q, len_q = _sequence(starts_q_ptr)
@@ -206,6 +227,8 @@ def _attention_bwd_kernel(
     head, above = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_M
     # keys without queries have gradients too, of zero
     if above >= len_q and not WRITES_DKV:
+        if HAS_SUMS:
+            _store_sum(q_sums_ptr, H, head, tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32), D)
         return
     left_q = len_q - above
     q_at, do_at = q_ptr + head * stride_qh, do_ptr + head * stride_oh
@@ -246,6 +269,8 @@ def _attention_bwd_kernel(
         tl.store(lse_ptr + numbers, lse, mask=row < left_q)
         tl.store(delta_ptr + numbers, delta, mask=row < left_q)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    if HAS_SUMS and WRITES_DKV:
+        v_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in range(0, BLOCK_N if ONE_BLOCK else len_k, BLOCK_N):
         left_k = len_k - first
         if not ONE_BLOCK:
@@ -264,10 +289,18 @@ def _attention_bwd_kernel(
             p = tl.where(keep, p, 0.0).to(do.dtype)
             dv = tl.dot(tl.trans(p), do, input_precision="ieee") * unscale
             _store_rows(dv_ptr + head * D, stride_dkm, start_k + first, left_k, dv, D)
+            if HAS_SUMS:
+                v_sum += tl.sum(dv, axis=0)
             dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * sqrt
             _store_rows(dk_ptr + head * D, stride_dkm, start_k + first, left_k, dk, D)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
-    _store_rows(dq_ptr + head * D, stride_dqm, start_q + above, left_q, dq * sqrt, D)
+    dq *= sqrt
+    _store_rows(dq_ptr + head * D, stride_dqm, start_q + above, left_q, dq, D)
+    if HAS_SUMS:
+        # rows beyond the queries have neither q nor do, and a gradient of zero
+        _store_sum(q_sums_ptr, H, head, dq, D)
+        if WRITES_DKV:
+            _store_vector(v_sums_ptr, H, head, v_sum, D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -284,15 +317,19 @@ def _attention_bwd_kv_kernel(
     dv_ptr,  # [Tk, H, D]
     lse_ptr,  # [Tq, H], fp32, of base 2
     delta_ptr,  # [Tq, H], fp32
+    v_sums_ptr,  # [B * blocks of keys, H, D], fp32
     H, stride_om, stride_oh, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
     stride_bh, stride_bi, stride_bj, stride_dkm, threshold, scale, unscale, sqrt,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     start_q, len_q = _sequence(starts_q_ptr)
     start_k, len_k = _sequence(starts_k_ptr)
     head, first = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_N
     if first >= len_k:
+        if HAS_SUMS:
+            _store_sum(v_sums_ptr, H, head, tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32), D)
         return
     left_k = len_k - first
     q_at, do_at = q_ptr + head * stride_qh, do_ptr + head * stride_oh
@@ -320,7 +357,11 @@ def _attention_bwd_kv_kernel(
         p = tl.where(keep, p, 0.0).to(do.dtype)
         dv = tl.dot(tl.trans(p), do, dv, input_precision="ieee")
         dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
-    _store_rows(dv_ptr + head * D, stride_dkm, start_k + first, left_k, dv * unscale, D)
+    dv *= unscale
+    _store_rows(dv_ptr + head * D, stride_dkm, start_k + first, left_k, dv, D)
+    if HAS_SUMS:
+        # scores beyond the keys are -inf, and these rows zero
+        _store_sum(v_sums_ptr, H, head, dv, D)
     _store_rows(dk_ptr + head * D, stride_dkm, start_k + first, left_k, dk * sqrt, D)
 
 
@@ -360,6 +401,25 @@ def attention_config(max_q: int, max_k: int, d: int, itemsize: int, pass_: str) 
     # to fit one more program the assembler would spill a few registers, unless given a limit
     limited = block_d <= 64 if itemsize == 4 else block_d > 64
     return {**config, "maxnreg": 255} if limited else config
+
+
+def attention_sums(
+    sequences: int, max_q: int, max_k: int, d: int, itemsize: int, needs_kv: bool
+) -> tuple[int, int]:
+    """Return how many partial rows the sums of dq and of dv have, one for each block.
+
+    Parameters
+    ----------
+    sequences : int
+        How many there are; the others as in `attention_config`.
+    needs_kv : bool
+        Whether `k` and `v` need gradients.
+    """
+    block_m = attention_config(max_q, max_k, d, itemsize, "bwd")["BLOCK_M"]
+    if needs_kv and max_q <= block_m:
+        return sequences, sequences
+    block_n = attention_config(max_q, max_k, d, itemsize, "bwd_kv")["BLOCK_N"]
+    return sequences * cdiv(max_q, block_m), sequences * cdiv(max_k, block_n) * needs_kv
 
 
 def attention_fwd(
@@ -443,6 +503,8 @@ def attention_bwd(
     seed: Tensor | None = None,
     bias: Tensor | None = None,
     needs_kv: bool = True,
+    q_sums: Tensor | None = None,
+    v_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of `attention_fwd`.
 
@@ -454,6 +516,10 @@ def attention_bwd(
         As in the forward pass.
     needs_kv : bool
         Whether `k` and `v` need gradients.
+    q_sums, v_sums : Tensor, optional
+        `[P, H D]` fp32, contiguous, with P as `attention_sums` says: where partial rows of the
+        sums of the unrounded `dq` and `dv` go, which the caller will add. Both or neither;
+        without `needs_kv` nothing is written to `v_sums`.
 
     Returns
     -------
@@ -510,13 +576,22 @@ def attention_bwd(
         1 / (1 - p),
         1 / math.sqrt(d),
     )
-    flags = {"D": d, "HAS_BIAS": bias is not None, "HAS_DROPOUT": p > 0}
+    flags = {
+        "D": d,
+        "HAS_BIAS": bias is not None,
+        "HAS_DROPOUT": p > 0,
+        "HAS_SUMS": q_sums is not None,
+    }
+    of_q = delta if q_sums is None else q_sums
+    of_v = delta if v_sums is None else v_sums
     blocks = 1 if one_launch else cdiv(max_q, config["BLOCK_M"])
     if sequences * heads * d * blocks:
         with device_guard(q):
             _attention_bwd_kernel[(sequences, heads, blocks)](
                 *arguments,
                 dq,
+                of_q,
+                of_v,
                 *numbers,
                 dq.stride(0),
                 WRITES_DKV=one_launch,
@@ -530,6 +605,6 @@ def attention_bwd(
             blocks = cdiv(max_k, config["BLOCK_N"])
             if needs_kv and not one_launch and blocks:
                 _attention_bwd_kv_kernel[(sequences, heads, blocks)](
-                    *arguments, *numbers, **flags, **config
+                    *arguments, of_v, *numbers, **flags, **config
                 )
     return dq, dkv

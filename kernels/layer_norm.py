@@ -339,6 +339,7 @@ def layer_norm_bwd(
     needs_dbeta: bool = True,
     needs_db: bool = True,
     needs_dgamma: bool = False,
+    partial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return every gradient of `layer_norm_fwd`.
 
@@ -358,19 +359,22 @@ def layer_norm_bwd(
         Of `ds` and `dx`; that of `dy` by default.
     needs_dbeta, needs_db, needs_dgamma : bool
         Which of these to sum up.
+    partial : Tensor, optional
+        `[k, P, N]` fp32, contiguous: where partial rows go that the caller will add.
 
     Returns
     -------
     ds, dx : Tensor
         `[M, N]`, the same tensor without dropout and of equal dtypes.
     sums : Tensor
-        `[k, N]` fp32: those needed of `dbeta`, `db` and `dgamma`, in this order.
+        `[k, N]` fp32: those needed of `dbeta`, `db` and `dgamma`, in this order; or `partial`.
 
     The same inputs give the same bits.
     """
     rows, columns = dy.shape
     needs = (needs_dbeta, needs_db, needs_dgamma)
     if columns > _MAX_COLUMNS_THREE_SUMS and needs_dgamma and sum(needs) > 1:
+        assert partial is None
         again = (dy, kept, mean, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype)
         ds, dx, sums = layer_norm_bwd(*again, needs_dbeta, needs_db, False)
         return ds, dx, torch.cat((sums, layer_norm_bwd(*again, False, False, True)[-1]))
@@ -379,8 +383,10 @@ def layer_norm_bwd(
     writes_dx = p > 0 or dx_dtype != ds.dtype
     dx = torch.empty(rows, columns, dtype=dx_dtype, device=dy.device) if writes_dx else ds
     config = layer_norm_config(rows, columns, processors(dy))
-    partial_rows = config.pop("P")
-    partial = torch.empty(sum(needs), partial_rows, columns, dtype=torch.float32, device=dy.device)
+    size, later = (sum(needs), config.pop("P"), columns), partial is not None
+    if partial is None:
+        partial = torch.empty(size, dtype=torch.float32, device=dy.device)
+    partial_rows = partial.shape[1]
     # without rows there is no ds, and the partial rows are zero
     if columns:
         with device_guard(dy):
@@ -412,4 +418,4 @@ def layer_norm_bwd(
                 NEEDS_DGAMMA=needs_dgamma,
                 **config,
             )
-    return ds, dx, add_partial_rows(partial)
+    return ds, dx, partial if later else add_partial_rows(partial)

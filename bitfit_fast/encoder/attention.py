@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..ops import attention as pytorch
 from ..ops._backend import uses_native, uses_triton
+from ..ops.column_sum import bias_gradient
 from ..ops.dropout import drawn
 from ..packing import Packing
 
-__all__ = ["attention_bwd", "attention_fwd", "joined"]
+__all__ = ["attention_bwd", "attention_fwd", "attention_sums", "joined"]
 
 #: Keys of a sequence whose probabilities a CPU's second-level cache holds.
 _LONGEST = 1024
@@ -109,6 +110,8 @@ def attention_bwd(
     seed: Tensor | None,
     bias: Tensor | None,
     needs_kv: bool = True,
+    q_sums: Tensor | None = None,
+    v_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gradients of q, k and v.
 
@@ -120,6 +123,9 @@ def attention_bwd(
         As in the forward pass.
     needs_kv : bool
         Whether the gradients of k and v are wanted.
+    q_sums, v_sums : Tensor, optional
+        `[1, P, H D]` fp32 with P of `attention_sums`: where partial rows of the sums of dq and
+        dv go.
 
     Returns
     -------
@@ -131,7 +137,14 @@ def attention_bwd(
         from ..kernels import attention as kernel
 
         starts = _starts(q, k, packing)
-        return kernel.attention_bwd(do, q, k, v, *starts, p, seed, bias, needs_kv)
+        return kernel.attention_bwd(do, q, k, v, *starts, p, seed, bias, needs_kv, q_sums, v_sums)
+    if q_sums is not None and v_sums is not None:
+        dq, dkv = attention_bwd(do, q, k, v, packing, p, seed, bias, needs_kv)
+        for sums, d in ((q_sums, dq), (v_sums, dkv[:, 1] if dkv is not None else None)):
+            sums.zero_()
+            if d is not None:
+                sums[0, 0] = bias_gradient(d.flatten(1))
+        return dq, dkv
     if _takes_tiles(q, packing):
         from ..kernels import native
 
@@ -149,6 +162,17 @@ def attention_bwd(
         dqkv = torch.cat((dq[:, None], dkv), 1)
         return dqkv[:, 0], dqkv[:, 1:]
     return dq, dkv if needs_kv else None
+
+
+def attention_sums(q: Tensor, k: Tensor, packing: Packing) -> tuple[int, int]:
+    """Return how many partial rows the sums of dq and dv have."""
+    if not _has_kernel(q):
+        return 1, 1
+    from ..kernels import attention as kernel
+
+    starts, _, most_q, most_k = _starts(q, k, packing)
+    size = q.element_size()
+    return kernel.attention_sums(len(starts) - 1, most_q, most_k, q.shape[2], size, True)
 
 
 def joined(dq: Tensor) -> Tensor:

@@ -29,12 +29,15 @@ from torch import Tensor, nn
 
 from ..errors import BitFitError
 from ..ops._autograd import once, shaped
+from ..ops._backend import uses_triton
 from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout, new_seed
 from ..ops.layer_norm import layer_norm_bwd, layer_norm_fwd
+from ..ops.partial import activation_bwd_partial, layer_norm_bwd_partial
 from ..packing import Packing
-from .attention import attention_bwd, attention_fwd, joined
+from .attention import attention_bwd, attention_fwd, attention_sums, joined
 from .product import Product
+from .sums import Sums, column_rows, defers, layer_norm_rows
 
 __all__ = ["MEMORY", "ROLES", "Junction", "Layer", "Rate", "Stack"]
 
@@ -338,6 +341,33 @@ class _Run:
         self.seeds = self.kept.pop()
         self.gradients = [None] * len(biases)
         self.embedding_gradient: Tensor | None = None
+        self.sums: Sums | None = None
+        self.deferred: set[int] = set()
+
+    def _defer(self, dy: Tensor) -> None:
+        """Let second stages of sums run together, where they are launches."""
+        if not defers(dy) or not any(self.needs):
+            return
+        sinks = list(self.sinks or [None] * len(self.needs))
+        places = {i: s for i, s in enumerate(sinks) if s is not None and self.needs[i]}
+        owners = {sink.untyped_storage().data_ptr() for sink in places.values()}
+        if len(owners) != 1 or len(places) < sum(self.needs):
+            places = self._own_places(dy.device)
+        self.sums = Sums(places, few=self._recomputes)
+
+    def _own_places(self, device: torch.device) -> dict[int, Tensor]:
+        """Return gradients of zero, in one piece of memory."""
+        needed = {i: b for i, b in enumerate(self.biases) if b is not None and self.needs[i]}
+        # at 64 bytes, as in tensors that PyTorch makes
+        sizes = [-(-bias.numel() // 16) * 16 for bias in needed.values()]
+        parts = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+        return {i: part[: len(bias)] for (i, bias), part in zip(needed.items(), parts)}
+
+    def _take(self, indices: Sequence[int | None], rows: int, columns: int) -> Tensor:
+        """Return where partial rows of these biases' sums go."""
+        assert self.sums is not None
+        self.deferred.update(i for i in indices if i is not None)
+        return self.sums.take(indices, rows, columns)
 
     def _taken(self, count: int) -> list[Any]:
         taken = self.kept[-count:]
@@ -350,15 +380,22 @@ class _Run:
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients of the embeddings' bias and of each bias, and let go of all else."""
+        if self.sums is not None:
+            self.sums.add()
         for index, (bias, needed) in enumerate(zip(self.biases, self.needs)):
             if not needed or self.gradients[index] is not None:
+                continue
+            if self.sums is not None and index in self.deferred:
+                place = self.sums.places[index]
+                there = self.sinks is not None and place is self.sinks[index]
+                self.gradients[index] = None if there else place
                 continue
             if bias is None or index % len(ROLES) != _KEY:  # that of keys is zero
                 raise RuntimeError(f"the backward pass came by no gradient of bias {index}")
             self.gradients[index] = torch.zeros_like(bias)
         gradients, self.gradients = self.gradients, []
         # what was kept for layers that the backward pass did not reach
-        self.kept, self.biases, self.joined = [], (), None
+        self.kept, self.biases, self.joined, self.sums = [], (), None, None
         into, added = [], []
         for index, sink in enumerate(self.sinks or ()):
             gradient = gradients[index]
@@ -544,6 +581,7 @@ class _Run:
     def backward(self, dy: Tensor) -> Tensor | None:
         """Return the gradient of the input, or None where nothing below needs one."""
         stack, last = self.stack, len(self.stack.layers) - 1
+        self._defer(dy)
         residual: Tensor | None = None  # the gradient of the residual that goes on
         for number in range(last, -1, -1):
             layer, first = stack.layers[number], stack.first_only and number == last
@@ -635,14 +673,18 @@ class _Run:
         if place <= self.lowest and not needs_bias:
             self._note(junction.beta, bias_gradient(dy))
             return None
-        ds, dz, sums = layer_norm_bwd(
+        given = (
             dy, kept, mean, rstd, junction.gamma, residual if self.stack.pre_norm else None,
-            p, seed, dy.dtype, dy.dtype, needs_beta, needs_bias, False,
+            p, seed, dy.dtype, dy.dtype, needs_beta, needs_bias,
         )  # fmt: skip
-        if needs_beta:
-            self._note(junction.beta, sums[0])
-        if needs_bias:
-            self._note(junction.bias, sums[-1])
+        summed = [junction.beta] * needs_beta + [junction.bias] * needs_bias
+        if self.sums is not None:
+            partial = self._take(summed, layer_norm_rows(dy), dy.shape[1])
+            ds, dz = layer_norm_bwd_partial(*given, partial)
+        else:
+            ds, dz, sums = layer_norm_bwd(*given, False)
+            for index, gradient in zip(summed, sums):
+                self._note(index, gradient)
         return None if place <= self.lowest else (ds, dz if dz.numel() else ds)
 
     def _onto(self, residual: Tensor) -> Tensor | None:
@@ -656,8 +698,13 @@ class _Run:
         b, ends = self.biases[index], _place(number, _INNER) <= self.lowest
         if not self._recomputes:
             (kept,) = self._taken(1)
-            du, db = layer.down.activation_bwd(dz, kept, b, layer.act, True)
-            self._note(index, db)
+            if self.sums is not None and self.needs[index] and not _is_one_kernel(layer.down, dz):
+                dh = layer.down.backward(dz)
+                partial = self._take([index], column_rows(dh), dh.shape[1])
+                du = activation_bwd_partial(dh, kept, b, layer.act, partial)
+            else:
+                du, db = layer.down.activation_bwd(dz, kept, b, layer.act, True)
+                self._note(index, db)
             return None if ends else layer.up.backward(du, self._onto(residual))
         y = self._normalised(layer.middle)
         dy = torch.zeros_like(y) if self.stack.pre_norm else residual
@@ -707,12 +754,16 @@ class _Run:
         dropped = self.dropouts[3 * number] > 0
         needs_kv = not ends or (dropped and (by_identity or self.needs[at + _VALUE]))
         q, k, v = self._apart(projected)
-        dq, dkv = attention_bwd(
+        given = (
             do.view(q.shape), q, k, v, self.packing, *self._drop(3 * number), self.bias, needs_kv
-        )
-        sums = self._sum_qkv(number, dq, dkv, do, by_identity)
-        if by_identity:
-            self._embedding_beta(layer, sums, residual)
+        )  # fmt: skip
+        if self.sums is not None and not by_identity and needs_kv:
+            dq, dkv = attention_bwd(*given, *self._take_qv(number, q, k))
+        else:
+            dq, dkv = attention_bwd(*given)
+            sums = self._sum_qkv(number, dq, dkv, do, by_identity)
+            if by_identity:
+                self._embedding_beta(layer, sums, residual)
         if ends:
             return None
         assert dkv is not None
@@ -726,6 +777,17 @@ class _Run:
             scattered = torch.zeros_like(dx)
             residual = scattered.index_copy_(0, self.packing.first, residual)
         return dx, residual
+
+    def _take_qv(self, number: int, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        """Return where partial rows of the sums for the biases of q and v go."""
+        at, columns = number * len(ROLES), q.shape[1] * q.shape[2]
+        heights = attention_sums(q, k, self.packing)
+        assert self.sums is not None
+        self.sums.reserve((sum(heights) + 1) * columns)  # and what aligns the second
+        return tuple(
+            self._take([at + role if self.needs[at + role] else None], rows, columns)
+            for role, rows in zip((_QUERY, _VALUE), heights)
+        )
 
     def _sum_qkv(
         self, number: int, dq: Tensor, dkv: Tensor | None, do: Tensor, needs_all: bool
@@ -762,3 +824,12 @@ class _Run:
 def _chunks(rows: Tensor) -> Iterator[slice]:
     for first in range(0, rows.shape[0], _CHUNK):
         yield slice(first, first + _CHUNK)
+
+
+def _is_one_kernel(down: Product, dz: Tensor) -> bool:
+    """Return whether the product below an activation and its backward pass are one kernel."""
+    if not uses_triton(dz):
+        return False
+    from ..kernels.linear import beats_vendor
+
+    return beats_vendor(dz, down.weight)
