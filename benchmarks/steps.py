@@ -179,6 +179,7 @@ def plan(setting: Setting, **options: Any) -> Plan:
         warmup=0.0,
         schedule="constant",
         batch_size=setting.batch_size,
+        max_length=int(setting.task) if setting.task.isdigit() else MAX_LENGTH,
         **options,
     )
     return Plan.of(settings, "frozen", setting.batch_size, setting.device)
@@ -380,7 +381,15 @@ def _variants() -> Iterator[Variant]:
     yield Variant("modules", "bias-only modules, fp32", "fast", "fp32", _modules)
     for memory in ("low", "lower", "lowest"):
         says = f"fast, bf16, memory mode {memory}"
-        yield Variant(f"fast-bf16-{memory}", says, "fast", "bf16", _fast(memory), _with_lengths)
+        yield Variant(
+            f"fast-bf16-{memory}",
+            says,
+            "fast",
+            "bf16",
+            _fast(memory, graph=True),
+            _with_lengths,
+            begins=3,
+        )
     for precision in ("fp32", "bf16"):
         yield Variant(
             f"fast-{precision}-torch",

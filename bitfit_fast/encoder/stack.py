@@ -419,9 +419,12 @@ class _Run:
             self.keep(x)
         for number, layer in enumerate(stack.layers):
             first = stack.first_only and number == last
-            o = self._attention(number, y, first)
+            rows = None
             if first:
-                residual = residual.index_select(0, self.packing.first)
+                rows = y.index_select(0, self.packing.first)
+                same = residual is y
+                residual = rows if same else residual.index_select(0, self.packing.first)
+            o = self._attention(number, y, rows)
             if (weights := self._end_weights(layer, o, "forward")) is not None:
                 y = residual = self._end(number, o, residual, weights)
                 continue
@@ -532,6 +535,13 @@ class _Run:
         if len(there) < len(parts):
             zero = torch.zeros_like(there[0])
             there = [zero if part is None else part for part in parts]
+        if defers(there[0][None]):
+            # one launch, not two
+            joined = torch.empty(
+                sum(map(len, there)), dtype=self.stack.dtype, device=there[0].device
+            )
+            torch._foreach_copy_(list(joined.split([len(part) for part in there])), there)
+            return joined.view(len(self.stack.layers), -1)
         return torch.cat(there).to(self.stack.dtype).view(len(self.stack.layers), -1)
 
     def _heads(self, rows: Tensor) -> Tensor:
@@ -539,14 +549,13 @@ class _Run:
         width = self.stack.layers[0].out.weight.shape[1]
         return rows.view(rows.shape[0], -1, self.stack.heads, width // self.stack.heads)
 
-    def _project(self, number: int, x: Tensor, first: bool) -> tuple[Tensor, ...]:
-        """Return q, k and v in one tensor, or q of first tokens, and k and v."""
+    def _project(self, number: int, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """Return q, k and v in one tensor; or q of some rows, first tokens, and k and v."""
         layer = self.stack.layers[number]
-        if not first:
+        if rows is None:
             return (layer.qkv(x, self._qkv_bias(number, 0, 3)),)
         width = layer.out.weight.shape[1]
         kv = layer.qkv.part(width, 3 * width)(x, self._qkv_bias(number, 1, 3))
-        rows = x.index_select(0, self.packing.first)
         return layer.qkv.part(0, width)(rows, self._qkv_bias(number, 0, 1)), kv
 
     def _apart(self, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -554,8 +563,8 @@ class _Run:
         q, k, v = (part for rows in projected for part in self._heads(rows).unbind(1))
         return q, k, v
 
-    def _attention(self, number: int, x: Tensor, first: bool) -> Tensor:
-        projected = self._project(number, x, first)
+    def _attention(self, number: int, x: Tensor, rows: Tensor | None) -> Tensor:
+        projected = self._project(number, x, rows)
         if self.stack.memory != "lowest":
             self.keep(*projected)
         o = attention_fwd(*self._apart(projected), self.packing, *self._drop(3 * number), self.bias)
@@ -744,7 +753,9 @@ class _Run:
     ) -> tuple[Tensor, Tensor] | None:
         layer, at = self.stack.layers[number], number * len(ROLES)
         if self.stack.memory == "lowest":
-            projected = self._project(number, self._input_of(number), first)
+            x = self._input_of(number)
+            rows = x.index_select(0, self.packing.first) if first else None
+            projected = self._project(number, x, rows)
         else:
             projected = tuple(self._taken(2 if first else 1))
         by_identity = not number and self.needs_embedding_beta and not self.needs_input
@@ -771,8 +782,8 @@ class _Run:
         if not first:
             return layer.qkv.backward(joined(dq), self._onto(residual)), residual
         dx = layer.qkv.part(width, 3 * width).backward(dkv.reshape(-1, 2 * width))
-        rows = layer.qkv.part(0, width).backward(dq.reshape(-1, width), self._onto(residual))
-        dx.index_add_(0, self.packing.first, rows)
+        of_rows = layer.qkv.part(0, width).backward(dq.reshape(-1, width), self._onto(residual))
+        dx.index_add_(0, self.packing.first, of_rows)
         if self.stack.pre_norm:
             scattered = torch.zeros_like(dx)
             residual = scattered.index_copy_(0, self.packing.first, residual)
@@ -817,7 +828,8 @@ class _Run:
         weight = layer.qkv.weight
         total = bias_gradient(residual)
         for role, first in ((_QUERY, 0), (_VALUE, 2 * width)):
-            total = total + sums[role] @ weight[first : first + width].to(total.dtype)
+            rows = weight[first : first + width].to(total.dtype)
+            total = torch.addmv(total, rows.t(), sums[role])
         self.embedding_gradient = total
 
 

@@ -129,6 +129,8 @@ class FastStep:
     def _trained(self, inputs: dict[str, Any]) -> Tensor:
         """Train on what the model takes; return the loss."""
         self.arena.zero_gradients()
+        # what autograd makes is then copied to the arena at once, not added one by one
+        self._without_gradient()
         loss = self.model(**inputs).loss
         loss.backward()
         self._update()

@@ -111,6 +111,7 @@ class _Inputs:
         self.encoder, self.budget, self.device = encoder, budget, device
         self._by_token = by_token
         self.packing: Packing
+        self._parts: dict[str, slice] = {}
         #: What the base model is given, and what its head is given.
         self.own: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
@@ -123,7 +124,7 @@ class _Inputs:
             _ = self.packing.starts, self.packing.first, self.packing.each, self.packing.rows
         else:
             self._lay_out(batch, budget)
-        if "labels" in batch:
+        if "labels" in batch and "labels" not in self.others:
             labels = batch["labels"]
             shape = labels.shape
             if by_token and budget is not None:
@@ -138,7 +139,9 @@ class _Inputs:
         cuts = budget.sequences + budget.spare + 1
         sizes = {"starts": -(-cuts // 2), "first": budget.sequences, "rows": budget.tokens}
         sizes |= dict.fromkeys(names, budget.tokens)
-        self._parts: dict[str, slice] = {}
+        labels = batch.get("labels")
+        if labels is not None and labels.dtype == torch.int64 and labels.ndim == 1:
+            sizes["labels"] = len(labels)
         end = 0
         for name, size in sizes.items():
             self._parts[name] = slice(end, end + size)
@@ -150,6 +153,8 @@ class _Inputs:
         tables = {name: self._part(self._table, name) for name in ("starts", "first", "rows")}
         self._tables = {**tables, "each": FixedPacking.queries(budget, self.device)}
         self.own = {name: self._part(self._table, name)[None] for name in names}
+        if "labels" in sizes:
+            self.others["labels"] = self._part(self._table, "labels")
 
     def _part(self, table: Tensor, name: str) -> Tensor:
         part = table[self._parts[name]]
@@ -160,6 +165,12 @@ class _Inputs:
         pins = self.device.type == "cuda" and tensor.device.type == "cpu"
         return tensor.pin_memory() if pins else tensor
 
+    def _rides(self, batch: Batch) -> bool:
+        """Return whether labels go to the device with the tokens."""
+        if "labels" not in self._parts:
+            return False
+        return {batch[key].device.type for key in ("input_ids", "labels")} == {"cpu"}
+
     def load(self, batch: Batch, lengths: Sequence[int] | None) -> None:
         """Take a batch over, without waiting for the device."""
         if self.budget is None:
@@ -168,7 +179,7 @@ class _Inputs:
         else:
             assert lengths is not None
             self._load_tokens(batch, lengths, self.budget)
-        if "labels" in self.others:
+        if "labels" in self.others and not self._rides(batch):
             given, labels = self._sent(batch["labels"]), self.others["labels"]
             if self._by_token:
                 labels.fill_(_IGNORED)
@@ -192,6 +203,8 @@ class _Inputs:
                 padded = self.encoder.positions(ids)
             packed = padded.expand_as(ids).flatten().index_select(0, source)
             self._part(table, name).copy_(packed)
+        if self._rides(batch):
+            self._part(host, "labels").copy_(batch["labels"])
         part = slice(None) if on_host else self._layout
         self._table[part].copy_(host[part], non_blocking=True)
         self.packing = FixedPacking(
@@ -237,7 +250,7 @@ class FixedSteps:
         #: Why no step can run so, or None
         self.refusal = fixed_refusal(model)
         self._seen: dict[Any, int] = {}
-        self._made: dict[Any, tuple[_Inputs, Callable[[], None], Tensor]] = {}
+        self._made: dict[Any, tuple[_Inputs, Callable[[], None], list[Tensor]]] = {}
         self._said: set[str] = set()
 
     def __call__(self, batch: Batch) -> Tensor | None:
@@ -266,7 +279,7 @@ class FixedSteps:
         budget = None if lengths is None else self._budget(lengths)
         key = self._kind(batch, budget)
         if key in self._made:
-            inputs, run, loss = self._made[key]
+            inputs, run, losses = self._made[key]
             self.encoder.check()
             inputs.load(batch, lengths)
         else:
@@ -275,10 +288,10 @@ class FixedSteps:
                 return None
             if len(self._made) >= _MOST:
                 raise CannotCapture(f"there are more than {_MOST} kinds of batches")
-            run, loss = self._make(key, batch, budget, lengths)
+            run, losses = self._make(key, batch, budget, lengths)
         run()
-        # the next replay overwrites it
-        return loss.clone()
+        # the next replay, of whichever graph, may overwrite it
+        return losses[-1].clone()
 
     def _budget(self, lengths: Sequence[int]) -> Budget:
         """Return the smallest budget that holds a batch."""
@@ -309,15 +322,15 @@ class FixedSteps:
 
     def _make(
         self, key: Any, batch: Batch, budget: Budget | None, lengths: Sequence[int] | None
-    ) -> tuple[Callable[[], None], Tensor]:
-        """Return what trains on batches of a kind, this one first, and where its loss will be."""
+    ) -> tuple[Callable[[], None], list[Tensor]]:
+        """Return what trains on batches of a kind, this one first, and where the loss will be."""
         inputs = _Inputs(self.encoder, batch, budget, self.device, self._is_by_token(batch))
         inputs.load(batch, lengths)
-        loss = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
 
         def run() -> None:
             with self.encoder.given(inputs.packing, inputs.own):
-                loss.copy_(self.step({**inputs.own, **inputs.others}))
+                losses[:] = [self.step({**inputs.own, **inputs.others})]
 
         replay: Callable[[], None] = run
         if self.record is not None:
@@ -327,5 +340,5 @@ class FixedSteps:
                 # nor will others be
                 self.refusal = str(reason)
                 raise
-        self._made[key] = inputs, replay, loss
-        return replay, loss
+        self._made[key] = inputs, replay, losses
+        return replay, losses

@@ -20,7 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bitfit_fast.kernels import activation, attention, column_sum, dropout, layer_norm, linear
+from bitfit_fast.kernels import (
+    _reduce,
+    activation,
+    attention,
+    column_sum,
+    dropout,
+    layer_norm,
+    linear,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (384, 768, 1024, 4096)
@@ -63,6 +71,16 @@ def attention_inputs(tokens, queries, d, sequences, dtype):
     return q, k, v, starts, starts
 
 
+def sums_of(queries, longest, d, sequences, dtype, needs_kv=True):
+    """Return where attention's backward pass puts the partial rows of two sums."""
+    given = (sequences, *longest, d, dtype.itemsize, needs_kv)
+    return tuple(empty(rows, HEADS * d) for rows in attention.attention_sums(*given))
+
+
+def segments(count):
+    return empty(1000), empty(count, 5, dtype=torch.int32), 768, empty(1000)
+
+
 def launches_of_row_counts():
     """Yield what every row count but a GEMM's block of rows shares."""
     for m in (1, 2, 15, 16, 17, 63, 64):
@@ -77,7 +95,9 @@ def launches_of_row_counts():
         inputs, most = attention_inputs(m, m, 64, m, torch.bfloat16), 512 + m
         options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
         yield f"{m} rows", attention.attention_fwd, (*inputs, *options)
-        yield f"{m} rows", attention.attention_bwd, (inputs[0], *inputs, *options)
+        places = sums_of(m, (most, most), 64, m, torch.bfloat16)
+        yield f"{m} rows", attention.attention_bwd, (inputs[0], *inputs, *options, True, *places)
+        yield f"{m} rows", _reduce.add_segments, segments(m)
 
 
 def launches_of_attention():
@@ -101,7 +121,12 @@ def launches_of_attention():
                     f"attention_bwd {tail} dkv={needs}",
                     (do, *inputs, *options, needs),
                 )
-                yield what, attention.attention_bwd, arguments
+                # the sums take registers more; without them only at the bottom, and elsewhere
+                if not needs or (usual and p and added is None):
+                    yield what, attention.attention_bwd, arguments
+                places = sums_of(queries, (max_q, max_k), d, 64, DTYPES[name], needs)
+                if needs:
+                    yield f"{what} sums", attention.attention_bwd, (*arguments, *places)
 
 
 def launches():
@@ -139,6 +164,7 @@ def launches():
                 arguments = (a, a, mean, rstd, v, dsum, p, seed, dtype, dtype)
                 what = f"layer_norm_bwd {tail} dgamma={dgamma}"
                 yield what, layer_norm.layer_norm_bwd, (*arguments, True, True, dgamma)
+    yield "add_segments", _reduce.add_segments, segments(70)
     yield from launches_of_attention()
 
 

@@ -65,6 +65,7 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(
     assert {row["kernel"] for row in rows} == {
         "column_sum_kernel",
         "add_partial_rows_kernel",
+        "add_segments_kernel",
         "activation_fwd_kernel",
         "activation_bwd_kernel",
         "layer_norm_fwd_kernel",
@@ -85,7 +86,8 @@ def test_no_row_count_compiles_a_kernel_again():
     assert sorted(row["kernel"] for row in rows) == sorted(
         f"{name}_kernel"
         for name in (
-            *("column_sum", "add_partial_rows", "activation_fwd", "activation_bwd"),
+            *("column_sum", "add_partial_rows", "add_segments"),
+            *("activation_fwd", "activation_bwd"),
             *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd", "dropout"),
             *("attention_fwd", "attention_bwd", "attention_bwd_kv"),
         )
