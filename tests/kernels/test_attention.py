@@ -289,3 +289,40 @@ def test_blocks_are_powers_of_two_and_few(pass_, itemsize, d):
         assert all(size >= 16 for name, size in config.items() if name.startswith("BLOCK"))
         assert config.get("maxnreg", 255) == 255  # as many as a thread may have
         assert all(size & (size - 1) == 0 for name, size in config.items() if name != "maxnreg")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "needs_kv", "p"),
+    [(SAME, True, 0.2), (SAME, False, 0.0), (ONE_QUERY, True, 0.0), (CROSSED, True, 0.0)],
+)
+def test_sums_of_the_gradients_come_along(lengths, needs_kv, p):
+    case = Case(lengths, torch.float32, p=p)
+    heads, d = case.q.shape[1:]
+    given = (len(lengths), *case.most, d, case.q.element_size(), needs_kv)
+    # every partial row is written, or this would be NaN
+    q_sums, v_sums = (
+        torch.empty(n, heads * d, device=DEVICE) for n in attention.attention_sums(*given)
+    )
+    dq, dkv = case.backward(needs_kv=needs_kv, q_sums=q_sums, v_sums=v_sums)
+    _, true_dq, _, true_dv = case.defined(torch.float64)
+    alone = case.backward(needs_kv=needs_kv)[0]
+    assert torch.equal(dq, alone)
+    pairs = [(q_sums, true_dq)] + ([(v_sums, true_dv)] if needs_kv else [])
+    assert dkv is not None or not needs_kv
+    for sums, gradient in pairs:
+        exact = gradient.double().sum(0).flatten()
+        torch.testing.assert_close(sums.double().sum(0), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_sums_are_of_what_is_not_rounded(dtype):
+    case = Case(((40, 40),) * 2, dtype)
+    given = (2, *case.most, case.q.shape[2], 2, True)
+    q_sums, v_sums = (torch.empty(n, 48, device=DEVICE) for n in attention.attention_sums(*given))
+    case.backward(q_sums=q_sums, v_sums=v_sums)
+    _, dq, _, dv = case.defined(torch.float64)
+    _, rounded_dq, _, rounded_dv = case.defined(dtype)
+    for sums, true, pytorchs in ((q_sums, dq, rounded_dq), (v_sums, dv, rounded_dv)):
+        exact = true.double().sum(0).flatten()
+        theirs = (pytorchs.double().sum(0).flatten() - exact).norm()
+        assert (sums.double().sum(0) - exact).norm() <= 2 * theirs + 1e-3 * exact.norm()

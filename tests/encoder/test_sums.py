@@ -1,0 +1,103 @@
+"""Sums that are added together: the same gradients, wherever they go and however many fit."""
+
+import pytest
+import torch
+
+from bitfit_fast import patch_encoder, select
+from bitfit_fast.arena import Arena
+from bitfit_fast.encoder import encoder_of, stack, sums
+from bitfit_fast.encoder.sums import Sums
+
+TERMS = ["all", "query", "value,output", "attention-layernorm,intermediate", "embedding-layernorm"]
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """Let sums wait for each other on a CPU, too, and count how often they are added."""
+    added = []
+    add = Sums.add
+
+    def counting(self):
+        added.append(len(self._segments))
+        add(self)
+
+    monkeypatch.setattr(Sums, "add", counting)
+
+    def switch(on):
+        monkeypatch.setattr(stack, "defers", lambda tensor: on)
+        return added
+
+    return switch
+
+
+def patched(build, terms="all", family="bert", head="ForSequenceClassification", **options):
+    model = build(family, head, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    selection = select(model, terms)
+    patch_encoder(model, selection, precision="fp32", **options)
+    return model
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-7, (name, error)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.parametrize("terms", TERMS)
+def test_gradients_are_the_same_with_autograd(build, batch, measure, deferred, terms, family, head):
+    if family == "vit" and ("Token" in head or "embedding" in terms):
+        pytest.skip("images have neither")
+    model = patched(build, terms, family, head)
+    inputs = batch(model)
+    deferred(False)
+    expected = measure(model, inputs)
+    added = deferred(True)
+    assert_close(measure(model, inputs), expected)
+    assert not sum(added) or max(added) > 1 or terms == "query"
+
+
+@pytest.mark.parametrize("room", [64, 4000, 2**20])
+def test_they_are_added_when_there_is_no_more_room(
+    build, batch, deferred, memory, room, monkeypatch
+):
+    monkeypatch.setattr(sums, "_ROOM", room)
+    monkeypatch.setattr(sums, "_FEW", room)
+    results, inputs = [], None
+    for on in (False, True):
+        added = deferred(on)
+        model = patched(build, memory=memory)
+        inputs = inputs or batch(model)
+        arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
+        encoder_of(model).write_to(arena)
+        torch.manual_seed(0)
+        for _ in range(2):  # gradients are added to those of the batch before
+            model(**inputs).loss.backward()
+        results.append({n: arena.view(n, arena.gradients).clone() for n in arena.slices})
+    assert_close(results[1], results[0])
+    launches = sum(count > 0 for count in added)
+    assert launches == 2 if room == 2**20 else launches > 2
+
+
+def test_partial_rows_that_wait_are_not_overwritten():
+    places = dict(enumerate(torch.zeros(4 * 16).split(16)))
+    waiting = Sums(places)
+    waiting.reserve(3 * 16)
+    for number in range(3):
+        waiting.take([number], 1, 16).fill_(number + 1.0)
+    waiting.take([None, 3], 2, 16).copy_(torch.tensor([[[9.0], [9.0]], [[4.0], [5.0]]]))
+    waiting.add()
+    assert [place.unique().tolist() for place in places.values()] == [[1], [2], [3], [9]]
+    waiting.add()
+    assert places[0].tolist() == [1.0] * 16
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_kernels_leave_their_sums(build, batch, measure, monkeypatch, device):
+    model = patched(build).to(device)
+    inputs = {key: value.to(device) for key, value in batch(model, (16, 7, 1)).items()}
+    found = measure(model, inputs)
+    monkeypatch.setattr(stack, "defers", lambda tensor: False)
+    assert_close(found, measure(model, inputs))
