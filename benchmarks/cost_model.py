@@ -413,8 +413,11 @@ def _loading(mode: _Mode) -> Any:
     def loading(self, batch, lengths):  # type: ignore[no-untyped-def]
         with _disable_current_modes():
             load(self, batch, lengths)
-        for tensor in (self._table, *self.others.values()):
+        apart = [] if self._rides(batch) else self.others.values()
+        for tensor in (self._table, *apart):
             mode.counted.note("message", Work(1, _size([tensor])))
+        # the learning rate, which lies in a tensor then
+        mode.counted.note("fill_", Work(1, 4))
 
     return loading
 
