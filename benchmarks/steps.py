@@ -381,15 +381,7 @@ def _variants() -> Iterator[Variant]:
     yield Variant("modules", "bias-only modules, fp32", "fast", "fp32", _modules)
     for memory in ("low", "lower", "lowest"):
         says = f"fast, bf16, memory mode {memory}"
-        yield Variant(
-            f"fast-bf16-{memory}",
-            says,
-            "fast",
-            "bf16",
-            _fast(memory, graph=True),
-            _with_lengths,
-            begins=3,
-        )
+        yield Variant(f"fast-bf16-{memory}", says, "fast", "bf16", _fast(memory), _with_lengths)
     for precision in ("fp32", "bf16"):
         yield Variant(
             f"fast-{precision}-torch",
