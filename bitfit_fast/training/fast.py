@@ -25,6 +25,9 @@ from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
 
+#: Tokens of an example where the plan does not say how many there may be.
+_LONGEST = 512
+
 
 def _free_memory(device: torch.device) -> int | None:
     """Return how much memory a step may take, in bytes; None where the system does not say."""
@@ -82,7 +85,8 @@ class FastStep:
     def of_fixed_size(self, record: Recorder | None = None, after: int = 1) -> FixedSteps:
         """Return these steps on packings of a fixed size; parameters as in `FixedSteps`."""
         assert self.encoder is not None
-        given = self.plan.token_budget or budgets(self.plan.batch_size * self.plan.max_length)
+        longest = self.plan.max_length or _LONGEST
+        given = self.plan.token_budget or budgets(self.plan.batch_size * longest)
         return FixedSteps(
             self.model, self.encoder, self._trained, given, self.device, record, after
         )
@@ -131,7 +135,7 @@ class FastStep:
         self.arena.zero_gradients()
         # what autograd makes is then copied to the arena at once, not added one by one
         self._without_gradient()
-        loss = self.model(**inputs).loss
+        loss = forward(self.model, inputs).loss
         loss.backward()
         self._update()
         return loss.detach()
