@@ -49,6 +49,8 @@ ALIASES = {
     "m3": "output",
     "ln2": "output-layernorm",
 }
+ALIASES |= {f"b_{symbol}": term for symbol, term in ALIASES.items()}
+ALIASES |= {"b_q": "query", "b_k": "key", "b_v": "value"}
 
 _BIAS_NAME = re.compile(r"^bias$|_bias$|^bias_")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bitfit_fast.ops  # noqa: F401
+from bitfit_fast.encoder.sums import column_rows, layer_norm_rows
 
 ops = torch.ops.bitfit_fast
 ROWS, COLUMNS = 6, 9
@@ -138,3 +139,29 @@ def test_layer_norm_bwd_on_every_layout(randn):
         check_layout(ops.layer_norm_bwd, dy, dsum, mean, rstd, gamma, dsum, *rest)
         kept = dsum.contiguous()
         check_layout(ops.layer_norm_bwd, dy, kept, None, rstd, gamma, dsum, *rest)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_layer_norm_bwd_partial_on_every_choice(p, randn, seed):
+    dy, kept, dsum = (randn(ROWS, COLUMNS) for _ in range(3))
+    mean, rstd, gamma = randn(ROWS), randn(ROWS).exp(), randn(COLUMNS)
+    rest = (p, seed if p else None, torch.float32, torch.float32)
+    for given, sums in (((None, dsum), (True, True)), ((mean, None), (True, False))):
+        shift, above = given
+        partial = randn(sum(sums), layer_norm_rows(dy), COLUMNS)
+        check(
+            ops.layer_norm_bwd_partial, dy, kept, shift, rstd, gamma, above, *rest, *sums, partial
+        )
+
+
+def test_activation_bwd_partial_on_every_choice(randn):
+    dh, x = randn(ROWS, COLUMNS), randn(ROWS, COLUMNS)
+    partial = randn(1, column_rows(dh), COLUMNS)
+    for b in (None, randn(COLUMNS)):
+        check(ops.activation_bwd_partial, dh, x, b, "gelu", partial)
+
+
+def test_add_segments_on_every_choice(randn, device):
+    # first number, rows, numbers from row to row, columns, where to
+    table = torch.tensor([[0, 3, 5, 4, 2], [15, 2, 8, 8, 6]], dtype=torch.int32, device=device)
+    check(ops.add_segments, randn(31), table, 8, randn(14))
