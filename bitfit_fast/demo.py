@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -38,7 +39,15 @@ def _command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "bitfit_fast.cli", *arguments], check=True)
 
 
-def compare(output: Path, model: str, steps: int) -> dict[str, dict[str, Any]]:
+def _precision() -> str:
+    """Return bf16 where the processor that will train multiplies in it, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+
+
+def compare(output: Path, model: str, steps: int, precision: str) -> dict[str, dict[str, Any]]:
     """Train each method in a process of its own, and return the summaries by method."""
     summaries = {}
     for method, _, lr in RUNS:
@@ -46,7 +55,8 @@ def compare(output: Path, model: str, steps: int) -> dict[str, dict[str, Any]]:
         _command(
             "train", "--model", model, "--task", TASK, "--method", method, "--lr", str(lr),
             "--max-steps", str(steps), "--eval-every", str(max(1, steps // 5)),
-            "--max-length", "64", "--output", str(folder), "--overwrite",
+            "--max-length", "64", "--precision", precision,
+            "--output", str(folder), "--overwrite",
         )  # fmt: skip
         summaries[method] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summaries
@@ -80,9 +90,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--steps", type=int, default=500, help="optimiser steps of each method")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"),
+        help="by default bf16 where the processor multiplies in it",
+    )  # fmt: skip
     arguments = parser.parse_args()
     console = Console()
-    summaries = compare(arguments.output, arguments.model, arguments.steps)
+    precision = arguments.precision or _precision()
+    summaries = compare(arguments.output, arguments.model, arguments.steps, precision)
     heatmap = arguments.output / "bias_change.png"
     _command("inspect", str(arguments.output / "bitfit"), "--output", str(heatmap))
     curves = arguments.output / "learning_curves.png"
