@@ -58,6 +58,7 @@ setup(
             "peft>=0.17",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "scikit-learn",
             "scipy",
         ],

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels import native, tiles
 from ..ops import attention as pytorch
 from ..ops._backend import uses_native, uses_triton
 from ..ops.column_sum import bias_gradient
@@ -36,9 +37,7 @@ def _takes_tiles(q: Tensor, packing: Packing) -> bool:
     """Return whether the CPU's matrix units compute this attention."""
     if q.dtype != torch.bfloat16 or packing.longest > _LONGEST or not uses_native(q):
         return False
-    from ..kernels import native
-
-    return native.has_tiles() and not q.shape[-1] % native.SIDE
+    return native.has_tiles() and not q.shape[-1] % tiles.SIDE
 
 
 def _starts(q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:
@@ -90,9 +89,7 @@ def attention_fwd(
 
         return kernel.attention_fwd(q, k, v, *_starts(q, k, packing), p, seed, bias)
     if _takes_tiles(q, packing):
-        from ..kernels import native
-
-        return native.attention_fwd(q, k, v, *_starts(q, k, packing)[:2], p, seed, bias)
+        return tiles.attention_fwd(q, k, v, *_starts(q, k, packing)[:2], p, seed, bias)
     if uses_native(q):
         return _grouped_fwd(q, k, v, packing, p, seed, bias)
     starts_q, starts_k, _, most = _starts(q, k, packing)
@@ -146,12 +143,10 @@ def attention_bwd(
                 sums[0, 0] = bias_gradient(d.flatten(1))
         return dq, dkv
     if _takes_tiles(q, packing):
-        from ..kernels import native
-
         dq, room = _gradients(q, k, needs_kv)
         dkv = room if needs_kv else None
         where = _starts(q, k, packing)[:2]
-        native.attention_bwd(do, q, k, v, *where, p, seed, bias, dq, dkv)
+        tiles.attention_bwd(do, q, k, v, *where, p, seed, bias, dq, dkv)
         return dq, dkv
     if uses_native(q):
         return _grouped_bwd(do, q, k, v, packing, p, seed, bias, needs_kv)
@@ -208,8 +203,6 @@ def _grouped_fwd(
     seed: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    from ..kernels import native
-
     o = q.new_empty(q.shape)
     for queries, keys in _groups(q, k, packing):
         padded_q, padded_k, padded_v = (
@@ -236,8 +229,6 @@ def _grouped_bwd(
     bias: Tensor | None,
     needs_kv: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    from ..kernels import native
-
     dq, dkv = _gradients(q, k, needs_kv)
     for queries, keys in _groups(q, k, packing):
         padded_q, padded_do, padded_k, padded_v = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import native, tiles
 from ..ops._backend import uses_native, uses_triton
 from ..ops.activation import activation_fwd
 from ..ops.linear import linear_activation_bwd
@@ -42,9 +43,7 @@ def _takes_tiles(rows: Tensor, weight: Tensor) -> bool:
     """Return whether the CPU's matrix units multiply rows of this kind by the weight."""
     if rows.dtype != torch.bfloat16 or not uses_native(rows):
         return False
-    from ..kernels import native
-
-    return native.has_tiles() and not any(size % native.SIDE for size in weight.shape)
+    return native.has_tiles() and not any(size % tiles.SIDE for size in weight.shape)
 
 
 class Product:
@@ -71,19 +70,13 @@ class Product:
         if not _takes_tiles(rows, self.weight):
             return None
         if which not in self._packed:
-            from ..kernels import native
-
-            self._packed[which] = native.pack(
-                self.weight.t() if which == "forward" else self.weight
-            )
+            self._packed[which] = tiles.pack(self.weight.t() if which == "forward" else self.weight)
         return self._packed[which]
 
     def __call__(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """Return `x W^T + b`, `[M, N]` of `[M, K]`."""
         if (packed := self.packed(x, "forward")) is not None:
-            from ..kernels import native
-
-            return native.linear(x, packed, b)
+            return tiles.linear(x, packed, b)
         if self._onednn:
             return _onednn(x, self.weight, b)
         return x @ self.weight.t() if b is None else torch.addmm(b, x, self.weight.t())
@@ -91,9 +84,7 @@ class Product:
     def backward(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `dy W`, `[M, K]` of `[M, N]`; added to `onto`, in place, where it is given."""
         if (packed := self.packed(dy, "backward")) is not None:
-            from ..kernels import native
-
-            return native.linear(dy, packed, onto=onto)
+            return tiles.linear(dy, packed, onto=onto)
         if self._onednn:
             dx = _onednn(dy, self.weight.t())
             return dx if onto is None else onto.add_(dx)
@@ -116,14 +107,10 @@ class Product:
             Whether act' is kept in 8 bits, and whether anything is.
         """
         if (packed := self.packed(x, "forward")) is not None:
-            from ..kernels import native
-
-            h, kept = native.linear_activation(x, packed, b, act, few_bits, keeps)
+            h, kept = tiles.linear_activation(x, packed, b, act, few_bits, keeps)
             return h, h if kept is None else kept
         u = self(x)
         if keeps and not few_bits and not uses_triton(u) and uses_native(u):
-            from ..kernels import native
-
             # the derivative takes the place of u: no erf a second time
             return native.activation_fwd(u, b, act, False, slope=u)[0], u
         h, levels = activation_fwd(u, b, act, few_bits and keeps)
@@ -146,12 +133,8 @@ class Product:
             Which of the two `kept` is.
         """
         if (packed := self.packed(dz, "backward")) is not None:
-            from ..kernels import native
-
-            return native.linear_activation_bwd(dz, packed, kept, b, act, from_activated)
+            return tiles.linear_activation_bwd(dz, packed, kept, b, act, from_activated)
         if not uses_triton(dz) and uses_native(dz):
-            from ..kernels import native
-
             dh = self.backward(dz)
             return native.activation_bwd(dh, kept, b, act, is_slope=from_activated, in_place=True)
         return linear_activation_bwd(dz, self.weight, kept, b, act)

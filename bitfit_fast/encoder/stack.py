@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BitFitError
+from ..kernels import tiles
+from ..kernels.tiles import Norm
 from ..ops._autograd import once, shaped
 from ..ops._backend import uses_triton
 from ..ops.column_sum import bias_gradient, column_sum
@@ -444,9 +446,7 @@ class _Run:
         weights = tuple(product.packed(rows, which) for product in products)
         return None if any(weight is None for weight in weights) else weights
 
-    def _norms(self, number: int) -> Any:
-        from ..kernels.native import Norm
-
+    def _norms(self, number: int) -> tuple[Norm, Norm]:
         def norm(at: Junction, number: int) -> Norm:
             assert at.gamma is not None
             vectors = at.gamma, self._bias(at.beta), self._bias(at.bias)
@@ -457,13 +457,9 @@ class _Run:
 
     def _end(self, number: int, o: Tensor, x: Tensor, weights: Any) -> Tensor:
         """Run all of a layer behind attention."""
-        from ..kernels import native
-
         b, act = self.biases[number * len(ROLES) + _UP], self.stack.layers[number].act
         few_bits = self.stack.memory == "low"
-        y, *kept = native.layer_end(
-            o, x, weights, self._norms(number), b, act, few_bits, self.keeps
-        )
+        y, *kept = tiles.layer_end(o, x, weights, self._norms(number), b, act, few_bits, self.keeps)
         if self.keeps:
             hat, rstd, slope, end_hat, end_rstd = kept
             self.keep(hat, None, rstd, slope, end_hat, None, end_rstd)
@@ -629,14 +625,12 @@ class _Run:
 
     def _end_bwd(self, number: int, dy: Tensor, weights: Any) -> tuple[Tensor, Tensor]:
         """Return the gradients of the layer's input and of what attention's heads gave."""
-        from ..kernels import native
-
         layer = self.stack.layers[number]
         hat, _, rstd, slope, end_hat, _, end_rstd = self._taken(7)
         b, up = self.biases[number * len(ROLES) + _UP], number * len(ROLES) + _UP
         places = layer.end.beta, layer.end.bias, up, layer.middle.beta, layer.middle.bias
         needs = [place is not None and self.needs[place] for place in places]
-        do, dx, sums = native.layer_end_bwd(
+        do, dx, sums = tiles.layer_end_bwd(
             dy, weights, self._norms(number), b, layer.act,
             (hat, rstd, slope, end_hat, end_rstd), needs,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import native, tiles
 from bitfit_fast.kernels._constants import ACTIVATIONS, quantisation
 from bitfit_fast.ops import attention as definition
 from bitfit_fast.ops.dropout import kept
@@ -58,7 +58,7 @@ def judge(ours, pytorch, exact, roundings=2, label=""):
 
 def test_packed_weights_hold_every_number_once():
     weight = torch.arange(96 * 64).view(96, 64)
-    steps = native.pack(weight.to(torch.int16).view(BF16)).data.view(torch.int16)
+    steps = tiles.pack(weight.to(torch.int16).view(BF16)).data.view(torch.int16)
     places = steps.view(2, 3, 2, 16, 16, 2)  # panel, step, half, pair, column, row of the pair
     panel, step, half, pair, column, row = torch.meshgrid(
         *map(torch.arange, places.shape), indexing="ij"
@@ -72,28 +72,28 @@ def test_packed_weights_hold_every_number_once():
 def test_linear(rows, shape):
     depth, columns = shape
     x, weight, b = randn(rows, depth), randn(depth, columns), randn(columns, dtype=torch.float32)
-    packed = native.pack(weight)
+    packed = tiles.pack(weight)
     exact = x.double() @ weight.double()
-    judge(native.linear(x, packed), x @ weight, exact)
-    judge(native.linear(x, packed, b), (x @ weight + b).to(BF16), exact + b)
+    judge(tiles.linear(x, packed), x @ weight, exact)
+    judge(tiles.linear(x, packed, b), (x @ weight + b).to(BF16), exact + b)
     onto = randn(rows, columns, seed=1)
     sum_of = onto.double() + exact
     theirs = onto.addmm(x, weight)
-    assert native.linear(x, packed, onto=onto) is onto
+    assert tiles.linear(x, packed, onto=onto) is onto
     judge(onto, theirs, sum_of)
 
 
 def test_the_operands_may_be_views():
     wide, weight = randn(40, 200), randn(64, 96)
     x = wide[:, 3:67]
-    expected = native.linear(x.contiguous(), native.pack(weight))
-    assert torch.equal(native.linear(x, native.pack(weight)), expected)
+    expected = tiles.linear(x.contiguous(), tiles.pack(weight))
+    assert torch.equal(tiles.linear(x, tiles.pack(weight)), expected)
     turned = weight.t().contiguous().t()
-    assert torch.equal(native.linear(x, native.pack(turned)), expected)
-    packed = copy.deepcopy(native.pack(weight))
-    assert torch.equal(native.linear(x, packed[:, 32:96]), expected[:, 32:96])
-    lower = native.linear(x[:, 32:], packed[32:64, :])
-    assert torch.equal(lower, native.linear(x[:, 32:].contiguous(), native.pack(weight[32:])))
+    assert torch.equal(tiles.linear(x, tiles.pack(turned)), expected)
+    packed = copy.deepcopy(tiles.pack(weight))
+    assert torch.equal(tiles.linear(x, packed[:, 32:96]), expected[:, 32:96])
+    lower = tiles.linear(x[:, 32:], packed[32:64, :])
+    assert torch.equal(lower, tiles.linear(x[:, 32:].contiguous(), tiles.pack(weight[32:])))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -105,12 +105,12 @@ def test_linear_and_activation(act, rows):
     h = _act(u, act)
     (slope,) = torch.autograd.grad(h.sum(), u)
     exact_dz = (dy.double() @ back.double()) * slope
-    ours, kept_slope = native.linear_activation(x, native.pack(weight), b, act, False, True)
+    ours, kept_slope = tiles.linear_activation(x, tiles.pack(weight), b, act, False, True)
     theirs = _act((x @ weight + b).to(BF16), act)
     judge(ours, theirs, h.detach())
-    again, levels = native.linear_activation(x, native.pack(weight), b, act, True, True)
+    again, levels = tiles.linear_activation(x, tiles.pack(weight), b, act, True, True)
     assert torch.equal(again, ours)
-    alone, nothing = native.linear_activation(x, native.pack(weight), b, act, False, False)
+    alone, nothing = tiles.linear_activation(x, tiles.pack(weight), b, act, False, False)
     assert torch.equal(alone, ours) and nothing is None
     _, step = quantisation(act)
     bf16_dz = ((dy @ back) * slope.to(BF16)).to(BF16)
@@ -121,7 +121,7 @@ def test_linear_and_activation(act, rows):
         ("levels", levels, True),
         ("input", (u.detach() - b).to(BF16), False),
     ):
-        dz, db = native.linear_activation_bwd(dy, native.pack(back), given, b, act, is_slope)
+        dz, db = tiles.linear_activation_bwd(dy, tiles.pack(back), given, b, act, is_slope)
         extra = error if what == "levels" else 0
         if act == "relu" and what == "input":  # at zero a rounded input says another thing
             continue
@@ -167,7 +167,7 @@ def test_attention(lengths, size, p, has_bias, one_query):
     rest = (starts_q, starts, p, keep, bias)
     padded = None if bias is None else F.pad(bias, (0, -longest % 16))
 
-    o = native.attention_fwd(q, k, v, starts_q, starts, p, seed, padded)
+    o = tiles.attention_fwd(q, k, v, starts_q, starts, p, seed, padded)
     exact = definition.forward_definition(q.double(), k.double(), v.double(), *rest)
     judge(o, definition.forward_definition(q, k, v, *rest), exact, roundings=4)
 
@@ -176,11 +176,11 @@ def test_attention(lengths, size, p, has_bias, one_query):
     )
     their_dq, their_dkv = definition.backward_definition(do, q, k, v, *rest)
     dq, dkv = q.new_empty(q.shape), k.new_empty(tokens, 2, heads, size)
-    native.attention_bwd(do, q, k, v, starts_q, starts, p, seed, padded, dq, dkv)
+    tiles.attention_bwd(do, q, k, v, starts_q, starts, p, seed, padded, dq, dkv)
     judge(dq, their_dq, exact_dq, roundings=4, label="dq")
     judge(dkv, their_dkv, exact_dkv, roundings=4, label="dkv")
     alone = torch.full_like(dq, float("nan"))
-    native.attention_bwd(do, q, k, v, starts_q, starts, p, seed, padded, alone, None)
+    tiles.attention_bwd(do, q, k, v, starts_q, starts, p, seed, padded, alone, None)
     assert torch.equal(alone, dq)
 
 
@@ -189,7 +189,7 @@ def test_attention(lengths, size, p, has_bias, one_query):
 
 def norm(width, p, seed):
     gamma, beta, b = (randn(width, dtype=torch.float32, seed=seed + i) for i in range(3))
-    return native.Norm(1 + gamma / 10, beta, b, 1e-5, p, SEED + seed if p else None)
+    return tiles.Norm(1 + gamma / 10, beta, b, 1e-5, p, SEED + seed if p else None)
 
 
 @pytest.mark.parametrize("rows", [1, 70, 300])
@@ -220,12 +220,12 @@ def test_the_end_of_a_layer(rows, p, few_bits):
         return [y.detach(), *(t.grad for t in (*tensors, *vectors))]
 
     exact, theirs = run(torch.float64), run(BF16)
-    packed = tuple(map(native.pack, weights))
-    back = tuple(native.pack(w.t()) for w in weights)
-    y, *kept_ = native.layer_end(o, x, packed, norms, b, act, few_bits, True)
-    (alone,) = native.layer_end(o, x, packed, norms, b, act, few_bits, False)
+    packed = tuple(map(tiles.pack, weights))
+    back = tuple(tiles.pack(w.t()) for w in weights)
+    y, *kept_ = tiles.layer_end(o, x, packed, norms, b, act, few_bits, True)
+    (alone,) = tiles.layer_end(o, x, packed, norms, b, act, few_bits, False)
     assert torch.equal(alone, y)
-    do, dx, sums = native.layer_end_bwd(dy, back, norms, b, act, kept_, [True] * 5)
+    do, dx, sums = tiles.layer_end_bwd(dy, back, norms, b, act, kept_, [True] * 5)
     for label, ours, bf16, true in zip(
         ("y", "do", "dx", "end beta", "end b", "up b", "middle beta", "middle b"),
         (y, do, dx, *sums), theirs, exact,
@@ -233,7 +233,7 @@ def test_the_end_of_a_layer(rows, p, few_bits):
         error, size = (ours.double() - true).norm().item(), true.norm().item()
         allowed = 2 * (bf16.double() - true).norm().item() + 2**-8 * size
         assert error <= allowed, (label, error / size, allowed / size)
-    _, _, some = native.layer_end_bwd(dy, back, norms, b, act, kept_, [True, False] * 2 + [True])
+    _, _, some = tiles.layer_end_bwd(dy, back, norms, b, act, kept_, [True, False] * 2 + [True])
     assert [s is None for s in some] == [False, True, False, True, False]
     assert all(torch.equal(s, sums[i]) for i, s in enumerate(some) if s is not None)
 
@@ -246,11 +246,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            h, slope = native.linear_activation(x, native.pack(weight), b, "gelu", False, True)
-            dz, db = native.linear_activation_bwd(
-                h, native.pack(weight.repeat(1, 2).view(128, 192)[:, :128]), slope, b, "gelu", True
+            h, slope = tiles.linear_activation(x, tiles.pack(weight), b, "gelu", False, True)
+            dz, db = tiles.linear_activation_bwd(
+                h, tiles.pack(weight.repeat(1, 2).view(128, 192)[:, :128]), slope, b, "gelu", True
             )
-            o = native.attention_fwd(q, k, v, starts, starts, 0.1, SEED, None)
+            o = tiles.attention_fwd(q, k, v, starts, starts, 0.1, SEED, None)
             found.append([h, slope, dz, db, o])
         finally:
             torch.set_num_threads(1)
