@@ -2,6 +2,8 @@
 
 import csv
 import math
+import sys
+import types
 
 import pytest
 
@@ -88,3 +90,9 @@ def made_up():
             write_json(folder / "run.json", {"warnings": ["few steps"]})
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def plain_main(monkeypatch):
+    """Hide the test runner's main module, which processes of a study would import."""
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
