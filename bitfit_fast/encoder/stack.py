@@ -627,11 +627,11 @@ class _Run:
         """Return the gradients of the layer's input and of what attention's heads gave."""
         layer = self.stack.layers[number]
         hat, _, rstd, slope, end_hat, _, end_rstd = self._taken(7)
-        b, up = self.biases[number * len(ROLES) + _UP], number * len(ROLES) + _UP
+        up = number * len(ROLES) + _UP
         places = layer.end.beta, layer.end.bias, up, layer.middle.beta, layer.middle.bias
         needs = [place is not None and self.needs[place] for place in places]
         do, dx, sums = tiles.layer_end_bwd(
-            dy, weights, self._norms(number), b, layer.act,
+            dy, weights, self._norms(number), self.biases[up], layer.act,
             (hat, rstd, slope, end_hat, end_rstd), needs,
         )  # fmt: skip
         for place, gradient in zip(places, sums):

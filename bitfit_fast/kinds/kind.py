@@ -13,7 +13,7 @@ from ..data.batches import Batch, Collate, Features
 from ..data.task import Split, TaskData
 from ..errors import BitFitError
 
-__all__ = ["Encoded", "Kind", "check_offsets"]
+__all__ = ["Encoded", "Kind", "check_offsets", "count_rows"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,8 @@ def check_offsets(tokenizer: Any, what: str) -> None:
             f"{what} needs to know where each token stands in the text, and the tokenizer "
             f"{type(tokenizer).__name__} does not say; use the fast tokenizer of this model"
         )
+
+
+def count_rows(batch: Batch) -> int:
+    """Return the rows of a batch: what its loss is the mean of where each has one label."""
+    return len(batch["input_ids"])

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, pad, tokenize
+from ..data.batches import pad, tokenize
 from ..data.glue import GLUE
 from ..data.task import Split, TaskData
 from ..files import write_text
-from .kind import Encoded, Kind
+from .kind import Encoded, Kind, count_rows
 
 __all__ = ["SEQUENCE"]
 
@@ -34,10 +34,6 @@ def _configure(labels: Sequence[str] | None) -> dict[str, Any]:
 def _encode(split: Split, tokenizer: Any, options: Mapping[str, int]) -> Encoded:
     features = tokenize(split, tokenizer, options["max_length"])
     return Encoded("sequence", split, features, options=options)
-
-
-def _weigh(batch: Batch) -> int:
-    return len(batch["input_ids"])
 
 
 def _keep(output: Any) -> Tensor:
@@ -88,7 +84,7 @@ SEQUENCE = Kind(
     configure=_configure,
     encode=_encode,
     collate=pad,
-    weigh=_weigh,
+    weigh=count_rows,
     keep=_keep,
     decode=_decode,
     score=_score,

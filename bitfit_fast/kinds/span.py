@@ -17,7 +17,7 @@ from ..data.batches import Batch, Features, pad
 from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning
 from ..files import write_json
-from .kind import Encoded, Kind, check_offsets
+from .kind import Encoded, Kind, check_offsets, count_rows
 
 __all__ = ["N_BEST", "SPAN", "Answer", "Window", "span_loss"]
 
@@ -174,10 +174,6 @@ def span_loss(model: Any, batch: Batch) -> Any:
     return output
 
 
-def _weigh(batch: Batch) -> int:
-    return len(batch["input_ids"])
-
-
 def _keep(output: Any) -> Tensor:
     return torch.stack((output.start_logits, output.end_logits), 1).float().cpu()
 
@@ -259,7 +255,7 @@ SPAN = Kind(
     configure=_configure,
     encode=_encode,
     collate=pad,
-    weigh=_weigh,
+    weigh=count_rows,
     keep=_keep,
     decode=_decode,
     score=_score,

@@ -9,6 +9,7 @@ phase these alone train on, as a sparse addition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -122,7 +123,7 @@ class DiffPruning(Sparse):
         """Return the expected number of open gates, weighted."""
         if self.settled:
             return None
-        shift = torch.tensor(-LOW / HIGH).log().item()
+        shift = math.log(-LOW / HIGH)
         gates = [module.pruning_gates for module in self.gated.values()]
         still_open = torch.stack([torch.sigmoid(g * RATE - shift).sum() for g in gates]).sum()
         return self.options["l0"] * still_open
