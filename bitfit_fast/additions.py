@@ -46,6 +46,8 @@ class Addition:
         Whether what trains is what a checkpoint would hold.
     tokens : int
         How many positions before those of the tokens it takes.
+    rate : float
+        What the learning rate is multiplied by, from where it is now in its training.
     """
 
     marks: ClassVar[tuple[str, ...]] = ()
@@ -53,7 +55,7 @@ class Addition:
 
     def __init__(self, method: str, options: Mapping[str, Any]) -> None:
         self.method, self.options = method, dict(options)
-        self.settled, self.tokens = True, 0
+        self.settled, self.tokens, self.rate = True, 0, 1.0
 
     # ------------------------------------------------------------------ into the model
 

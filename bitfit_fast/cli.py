@@ -218,6 +218,13 @@ def train(
             rich_help_panel=OPTIONS,
         ),
     ] = None,
+    sparse_rate: Annotated[
+        Real,
+        typer.Option(
+            help="diff-pruning: learning rate after it prunes, as a multiple; default 10.",
+            rich_help_panel=OPTIONS,
+        ),
+    ] = None,
     bottleneck: Annotated[
         Number, typer.Option(help="adapters: their width; default 64.", rich_help_panel=OPTIONS)
     ] = None,
@@ -356,7 +363,8 @@ def train(
         raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")
     options = {
         "parameters": parameters, "share": share, "l0": l0, "gate_steps": gate_steps,
-        "bottleneck": bottleneck, "rank": rank, "alpha": alpha, "tokens": tokens,
+        "sparse_rate": sparse_rate, "bottleneck": bottleneck, "rank": rank, "alpha": alpha,
+        "tokens": tokens,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     data = load_task(

@@ -4,7 +4,8 @@ In the first phase every weight `W` of the layers has a difference `z * w`, with
 [0, 1] that are drawn from a hard-concrete distribution (Louizos et al. 2018) with location
 `alpha`. The loss has the expected number of open gates added, `l0` times. Then the largest
 differences are kept, as many as the target share of the base's parameters, and in the second
-phase these alone train on, as a sparse addition.
+phase these alone train on, as a sparse addition, at a learning rate of its own: the first phase
+moves every weight, as full fine-tuning does, and the second one few, which have to move further.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class DiffPruning(Sparse):
             del module.pruning_difference, module.pruning_gates
         if self.gated:
             self.gated, self._handles = {}, []
-        self.settled = True
+        self.settled, self.rate = True, self.options["sparse_rate"]
 
     def remove(self, model: nn.Module) -> None:
         """Let go, in either phase."""

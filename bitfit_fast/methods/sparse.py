@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,13 +23,28 @@ from .places import is_transposed, matrices
 
 __all__ = ["Entries", "Sparse"]
 
-#: How many multiplications of a matrix product take as long as one for a single entry. On one
-#: core with AVX-512 it is 65 to 195 for 384x384 to 3072x768 and 300 to 2,000 tokens: single
-#: entries of 0.12 % of a weight, as many as BitFit's, take a fifth to a twelfth of the time of
-#: the whole product.
-GATHER = 100
+#: How many multiplications of a matrix product take as long as one for a single entry, by dtype.
+#: In fp32, on one core with AVX-512, it is 65 to 195 for 384x384 to 3072x768 and 300 to 2,000
+#: tokens: single entries of 0.12 % of a weight, as many as BitFit's, take a fifth to a twelfth of
+#: the time of the whole product. Matrix units multiply 16-bit numbers so fast that it is about
+#: 1,900 (Intel AMX, 384x384 to 1536x384, 850 tokens), and whole products are the quicker way.
+GATHER = {torch.float32: 100, torch.float64: 100, torch.float16: 1900, torch.bfloat16: 1900}
 #: Numbers in a temporary of the single entries' sums, which a cache holds.
 _CHUNK = 1 << 17
+
+
+@dataclass
+class _Plan:
+    """Which entries are computed in whole rows and columns, and which one by one."""
+
+    dense: bool
+    in_rows: Tensor
+    rows: Tensor
+    at_row: Tensor
+    in_columns: Tensor
+    columns: Tensor
+    at_column: Tensor
+    single: Tensor
 
 
 class Entries:
@@ -48,53 +64,63 @@ class Entries:
     """
 
     def __init__(self, indices: Tensor, shape: tuple[int, int]) -> None:
-        rows, columns = shape
-        self.row = indices.long() // columns
-        self.column = indices.long() % columns
-        whole = self._crowded(self.row, rows, columns)
+        self.shape = shape
+        self.row = indices.long() // shape[1]
+        self.column = indices.long() % shape[1]
+        self._plans: dict[torch.dtype, _Plan] = {}
+
+    def plan(self, dtype: torch.dtype) -> _Plan:
+        """Return the least work for gradients of that dtype."""
+        if dtype in self._plans:
+            return self._plans[dtype]
+        (rows, columns), gather = self.shape, GATHER[dtype]
+        whole = _crowded(self.row, rows, columns, gather)
         rest = ~whole[self.row]
-        wide = self._crowded(self.column[rest], columns, rows)
+        wide = _crowded(self.column[rest], columns, rows, gather)
         single = rest & ~wide[self.column]
-        work = int(whole.sum()) * columns + int(wide.sum()) * rows + int(single.sum()) * GATHER
-        self.dense = work >= rows * columns
-        self.in_rows, self.rows, self.at_row = self._group(~rest, whole, self.row)
-        self.in_columns, self.columns, self.at_column = self._group(
-            rest & ~single, wide, self.column
+        work = int(whole.sum()) * columns + int(wide.sum()) * rows + int(single.sum()) * gather
+        self._plans[dtype] = _Plan(
+            # lines are copied before they are multiplied, which takes about as long again
+            2 * work >= rows * columns,
+            *_group(~rest, whole, self.row),
+            *_group(rest & ~single, wide, self.column),
+            single.nonzero().squeeze(1),
         )
-        self.single = single.nonzero().squeeze(1)
-
-    @staticmethod
-    def _crowded(place: Tensor, count: int, size: int) -> Tensor:
-        """Tell for each of `count` lines whether it is less work as a whole, of `size`."""
-        return torch.bincount(place, minlength=count) * GATHER >= size
-
-    @staticmethod
-    def _group(members: Tensor, lines: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which entries are in these lines, the lines, and each entry's line in them."""
-        chosen = members.nonzero().squeeze(1)
-        return chosen, lines.nonzero().squeeze(1), (lines.cumsum(0) - 1)[place[chosen]]
+        return self._plans[dtype]
 
     def gradient(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the entries of `a^T b`, `[k]`; single entries are summed in fp32 or wider."""
-        if self.dense:
+        plan = self.plan(a.dtype)
+        if plan.dense:
             return (a.t() @ b)[self.row, self.column]
         wide = torch.promote_types(a.dtype, torch.float32)
         found = torch.empty(len(self.row), dtype=wide, device=a.device)
-        if len(self.rows):
-            product = a[:, self.rows].t() @ b
-            found[self.in_rows] = product[self.at_row, self.column[self.in_rows]].to(wide)
-        if len(self.columns):
-            product = a.t() @ b[:, self.columns]
-            found[self.in_columns] = product[self.row[self.in_columns], self.at_column].to(wide)
-        if len(self.single):
-            row, column = self.row[self.single], self.column[self.single]
+        if len(plan.rows):
+            product = a[:, plan.rows].t() @ b
+            found[plan.in_rows] = product[plan.at_row, self.column[plan.in_rows]].to(wide)
+        if len(plan.columns):
+            product = a.t() @ b[:, plan.columns]
+            found[plan.in_columns] = product[self.row[plan.in_columns], plan.at_column].to(wide)
+        if len(plan.single):
+            row, column = self.row[plan.single], self.column[plan.single]
             total = torch.zeros(len(row), dtype=wide, device=a.device)
             tokens = max(1, _CHUNK // len(row))
             for left, right in zip(a.split(tokens), b.split(tokens)):
                 product = left.index_select(1, row).mul_(right.index_select(1, column))
                 total += product.sum(0, dtype=wide)
-            found[self.single] = total
+            found[plan.single] = total
         return found
+
+
+def _crowded(place: Tensor, count: int, size: int, gather: int) -> Tensor:
+    """Tell for each of `count` lines whether it is less work as a whole, of `size`."""
+    return torch.bincount(place, minlength=count) * gather >= size
+
+
+def _group(members: Tensor, lines: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which entries are in these lines, the lines, and each entry's line in them."""
+    chosen = members.nonzero().squeeze(1)
+    return chosen, lines.nonzero().squeeze(1), (lines.cumsum(0) - 1)[place[chosen]]
 
 
 class _Tap(torch.autograd.Function):

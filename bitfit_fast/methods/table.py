@@ -128,10 +128,11 @@ METHODS: dict[str, Method] = {
                 parameters=_PARAMETERS,
             ),
             _added(
-                "diff-pruning", DiffPruning, 2e-4, "a sparse difference of the weights",
+                "diff-pruning", DiffPruning, 1e-4, "a sparse difference of the weights",
                 share=_SHARE,
                 l0=Option(1.25e-7, lambda v: v >= 0, "at least 0"),
                 gate_steps=Option(0.5, lambda v: 0 < v < 1, "above 0 and below 1"),
+                sparse_rate=Option(10.0, lambda v: v > 0, "above 0"),
             ),
             _added(
                 "adapters", Adapters, 1e-3, "two bottlenecks a layer, and LayerNorms",

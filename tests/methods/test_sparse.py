@@ -46,16 +46,17 @@ KINDS = {
 @pytest.mark.parametrize("tokens", [0, 1, 37, 5000])
 def test_chosen_entries_of_a_product(kind, tokens):
     entries = Entries(KINDS[kind].int(), SHAPE)
+    plan = entries.plan(torch.float64)
     used = {
-        "rows": len(entries.rows) > 0,
-        "columns": len(entries.columns) > 0,
-        "single": len(entries.single) > 0,
-        "dense": entries.dense,
+        "rows": len(plan.rows) > 0,
+        "columns": len(plan.columns) > 0,
+        "single": len(plan.single) > 0,
+        "dense": plan.dense,
     }
     expected = {"all three": {"rows", "columns", "single"}, "one": {"single"}}.get(kind, {kind})
-    if not entries.dense:
+    if not plan.dense:
         assert {name for name, is_used in used.items() if is_used} == expected
-    assert entries.dense == (kind == "dense")
+    assert plan.dense == (kind == "dense")
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(tokens, SHAPE[0], generator=generator, dtype=torch.float64)
     b = torch.randn(tokens, SHAPE[1], generator=generator, dtype=torch.float64)
