@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from ..data.glue import GLUE
 from ..files import write_text
 from ..training.measure import commit
 from .analysis import Collected, Result, Spread, average, costs, metric_name, spread
@@ -85,10 +86,12 @@ class _Section:
             m.label: published(m.method, m.terms) if m.layers is None and m.head else {}
             for m in self.methods
         }
+        # averages over GLUE say nothing beside other tasks
+        comparable = all(task.name in GLUE for task in self.grid.tasks)
         papers = [
             key
             for key in dict.fromkeys((p.model, p.split) for p in PUBLISHED)
-            if any(key in row for row in known.values())
+            if comparable and any(key in row for row in known.values())
         ]
         head = (
             "method", "trained",

@@ -79,6 +79,7 @@ def test_the_page_needs_nothing_else_holds_every_number_and_is_always_the_same(
 ):
     # somebody may commit while this runs
     monkeypatch.setattr(report, "commit", lambda: "0123abcd")
+    monkeypatch.setattr(report, "GLUE", {None})  # as if the files were one of its tasks
     plan, output, broken, missing = reported
     collected = collect(plan, output)
     html, markdown = write_report(collected, output, "bitfit-fast study tiny.yaml")
@@ -122,6 +123,12 @@ def test_the_page_needs_nothing_else_holds_every_number_and_is_always_the_same(
     write_report(collect(plan, output), output, "bitfit-fast study tiny.yaml")
     assert {file: file.read_bytes() for file in files} == first
     assert not (output / "figures" / "old.png").exists()
+
+
+def test_averages_over_glue_stand_beside_its_tasks_alone(reported):
+    plan, output, *_ = reported
+    _, markdown = write_report(collect(plan, output), output, "some")
+    assert "paper: BERT" not in markdown.read_text()
 
 
 def test_a_study_without_results_has_a_report(study_file, tmp_path):
