@@ -311,32 +311,36 @@ int bitfit_has_tiles() {
 }
 
 #ifdef BITFIT_TILES
-void bitfit_pack(void* from, int64_t row, int64_t column, int64_t depth, int64_t columns, void* to,
-                 int threads) {
-    pack(of<bf16>(from), row, column, depth, columns, of<bf16>(to), threads);
+void bitfit_pack(int type, void* from, int64_t row, int64_t column, int64_t depth,
+                 int64_t columns, void* to, int threads) {
+    WITH_TYPE(type, X, {
+        pack<X>(of<X>(from), row, column, depth, columns, of<bf16>(to), threads);
+    })
 }
 
-void bitfit_linear(void* x, int64_t stride, const Weight* weight, const float* b, void* y, int onto,
-                   int64_t rows, int threads) {
-    linear(of<bf16>(x), stride, *weight, b, of<bf16>(y), onto, rows, threads);
+void bitfit_linear(int type, void* x, int64_t stride, const Weight* weight, const float* b,
+                   void* y, int onto, int64_t rows, int threads) {
+    WITH_TYPE(type, X, {
+        linear<X>(of<X>(x), stride, *weight, b, of<X>(y), onto, rows, threads);
+    })
 }
 
-void bitfit_linear_activation(int act, void* x, int64_t stride, const Weight* weight,
+void bitfit_linear_activation(int type, int act, void* x, int64_t stride, const Weight* weight,
                               const float* b, void* h, const Slopes* slopes, int64_t rows,
                               int threads) {
-    with_activation(act, [&](auto a) {
-        linear_activation<decltype(a)>(of<bf16>(x), stride, *weight, b, of<bf16>(h), *slopes, rows,
-                                       threads);
-    });
+    WITH_TYPE(type, X, with_activation(act, [&](auto a) {
+        linear_activation<decltype(a), X>(of<X>(x), stride, *weight, b, of<X>(h), *slopes, rows,
+                                          threads);
+    }))
 }
 
-void bitfit_linear_activation_bwd(int act, void* dy, int64_t stride, const Weight* weight,
-                                  const Slopes* slopes, const float* b, void* dz, float* db,
-                                  int64_t rows, int threads) {
-    with_activation(act, [&](auto a) {
-        linear_activation_bwd<decltype(a)>(of<bf16>(dy), stride, *weight, *slopes, b, of<bf16>(dz),
-                                           db, rows, threads);
-    });
+void bitfit_linear_activation_bwd(int type, int act, void* dy, int64_t stride,
+                                  const Weight* weight, const Slopes* slopes, const float* b,
+                                  void* dz, float* db, int64_t rows, int threads) {
+    WITH_TYPE(type, X, with_activation(act, [&](auto a) {
+        linear_activation_bwd<decltype(a), X>(of<X>(dy), stride, *weight, *slopes, b, of<X>(dz),
+                                              db, rows, threads);
+    }))
 }
 
 void bitfit_layer_end(int act, void* o, void* x, const Weight* out, const Junction* middle,
@@ -360,7 +364,7 @@ void bitfit_layer_end_bwd(int act, void* dy, const Weight* out, const Junction* 
     });
 }
 
-void bitfit_attention_fwd(void* q, int64_t q_stride, void* k, int64_t k_stride, void* v,
+void bitfit_attention_fwd(int type, void* q, int64_t q_stride, void* k, int64_t k_stride, void* v,
                           int64_t v_stride, const int32_t* starts_q, const int32_t* starts_k,
                           int64_t sequences, int64_t heads, int64_t size, const float* bias,
                           int64_t bias_head, int64_t bias_query, float factor, void* o,
@@ -368,10 +372,12 @@ void bitfit_attention_fwd(void* q, int64_t q_stride, void* k, int64_t k_stride, 
     Dropout drop{threshold, scale, seed, rounds};
     Attention a{q_stride, k_stride, v_stride, starts_q,  starts_k,   sequences,
                 heads,    size,     bias,     bias_head, bias_query, factor};
-    attention_fwd(of<bf16>(q), of<bf16>(k), of<bf16>(v), of<bf16>(o), a, drop, threads);
+    WITH_TYPE(type, X, {
+        attention_fwd<X>(of<X>(q), of<X>(k), of<X>(v), of<X>(o), a, drop, threads);
+    })
 }
 
-void bitfit_attention_bwd(void* q, int64_t q_stride, void* k, int64_t k_stride, void* v,
+void bitfit_attention_bwd(int type, void* q, int64_t q_stride, void* k, int64_t k_stride, void* v,
                           int64_t v_stride, const int32_t* starts_q, const int32_t* starts_k,
                           int64_t sequences, int64_t heads, int64_t size, const float* bias,
                           int64_t bias_head, int64_t bias_query, float factor, void* dout,
@@ -380,8 +386,10 @@ void bitfit_attention_bwd(void* q, int64_t q_stride, void* k, int64_t k_stride, 
     Dropout drop{threshold, scale, seed, rounds};
     Attention a{q_stride, k_stride, v_stride, starts_q,  starts_k,   sequences,
                 heads,    size,     bias,     bias_head, bias_query, factor};
-    attention_bwd(of<bf16>(dout), of<bf16>(q), of<bf16>(k), of<bf16>(v), of<bf16>(dq), dq_stride,
-                  of<bf16>(dk), of<bf16>(dv), dkv_stride, a, drop, threads);
+    WITH_TYPE(type, X, {
+        attention_bwd<X>(of<X>(dout), of<X>(q), of<X>(k), of<X>(v), of<X>(dq), dq_stride,
+                         of<X>(dk), of<X>(dv), dkv_stride, a, drop, threads);
+    })
 }
 #endif
 }

@@ -77,14 +77,14 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 #: Of those that are there where `has_tiles` is true: what attention is told, and all of them.
 _ATTENTION = (_P, _L, _P, _L, _P, _L, _P, _P, *[_L] * 3, _P, _L, _L, _F)
 _TILES: dict[str, tuple[Any, ...]] = {
-    "pack": (_P, _L, _L, _L, _L, _P, _I),
-    "linear": (_P, _L, _P, _P, _P, _I, _L, _I),
-    "linear_activation": (_I, _P, _L, _P, _P, _P, _P, _L, _I),
-    "linear_activation_bwd": (_I, _P, _L, _P, _P, _P, _P, _P, _L, _I),
+    "pack": (_I, _P, _L, _L, _L, _L, _P, _I),
+    "linear": (_I, _P, _L, _P, _P, _P, _I, _L, _I),
+    "linear_activation": (_I, _I, _P, _L, _P, _P, _P, _P, _L, _I),
+    "linear_activation_bwd": (_I, _I, _P, _L, _P, _P, _P, _P, _P, _L, _I),
     "layer_end": (_I, *[_P] * 10, _L, _I, _I),
     "layer_end_bwd": (_I, *[_P] * 15, _L, _I, _I),
-    "attention_fwd": (*_ATTENTION, _P, *_DROPOUT, _I),
-    "attention_bwd": (*_ATTENTION, _P, _P, _L, _P, _P, _L, *_DROPOUT, _I),
+    "attention_fwd": (_I, *_ATTENTION, _P, *_DROPOUT, _I),
+    "attention_bwd": (_I, *_ATTENTION, _P, _P, _L, _P, _P, _L, *_DROPOUT, _I),
 }
 
 

@@ -1,6 +1,10 @@
 // Products with frozen weights, and attention, by the matrix units of CPUs (AMX): 32 x 32 numbers
 // at a time, 32 products each a step, in bf16 with sums in fp32.
 //
+// An fp32 number is the sum of three in bf16, of 8 bits each, exactly: what rounding leaves is
+// rounded again, twice. Of the nine products of two such numbers the three of the smallest parts
+// are below fp32's rounding, and left out; that is still faster than the vector units.
+//
 // A weight never changes, so it is packed once, for the forward and for the backward pass: panels
 // of 32 columns, in each the steps one after the other, 2 KB that are loaded as they are. What
 // follows a product, bias, residual, activation and sums over tokens, is done on each 32 x 32
@@ -53,38 +57,102 @@ struct Tiles {
     ~Tiles() { _tile_release(); }
 };
 
+// How many bf16 numbers make up one of type X. They lie in as many planes.
+template <class X>
+constexpr int PLANES = sizeof(X) == sizeof(float) ? 3 : 1;
+
+// What bf16 has of v.
+inline Floats rounded(Floats v) {
+    __m256i halves = bits_of<__m256i>(_mm512_cvtneps_pbh(bits_of<__m512>(v)));
+    return bits_of<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// 16 numbers of type X, `plane` from part to part.
+template <class X>
+inline void split(bf16* to, int64_t plane, Floats v) {
+    for (int i = 1; i < PLANES<X>; i++, to += plane) {
+        narrow(to, v);
+        v -= rounded(v);
+    }
+    narrow(to, v);
+}
+
+// 16 numbers that are there, or zeros.
+inline void copy_parts(const bf16* from, bf16* to, int64_t) {
+    const __m256i numbers = from ? load_raw<__m256i>(from) : _mm256_setzero_si256();
+    std::memcpy(to, &numbers, sizeof numbers);
+}
+inline void copy_parts(const float* from, bf16* to, int64_t plane) {
+    split<float>(to, plane, from ? widen(from) : Floats{});
+}
+
+// An operand's numbers; of fp32, the second and third parts are `plane` and twice that further on.
+struct Operand {
+    const bf16* data;
+    int64_t plane;
+
+    const bf16* operator[](int part) const { return data + part * plane; }
+    Operand operator+(int64_t count) const { return {data + count, plane}; }
+};
+
 // The left operand of a product: 32 rows, in two halves of 16.
 struct Rows {
-    const bf16* data;
+    Operand all;
     int64_t half, stride, step;  // to the second half, the next row, the next step
 };
 
-inline Rows packed_rows(const bf16* data) { return {data, HALF, SIDE, PART}; }
-inline Rows plain_rows(const bf16* data, int64_t stride) {
-    return {data, 16 * stride, stride, SIDE};
-}
+inline Rows packed_rows(Operand all) { return {all, HALF, SIDE, PART}; }
+inline Rows plain_rows(Operand all, int64_t stride) { return {all, 16 * stride, stride, SIDE}; }
 
 // out [32, 32] = rows x panel, over `steps` steps. The matrix unit works on its own, so other
 // work is done in between: between(i) before step i.
-template <class Between>
-inline void multiply(const Rows& rows, const bf16* panel, int64_t steps, float* out,
+template <class X, class Between>
+inline void multiply(const Rows& rows, Operand panel, int64_t steps, float* out,
                      int64_t out_stride, Between between) {
-    const bf16 *a = rows.data, *b = panel;
     const int64_t bytes = rows.stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < steps; i++, a += rows.step, b += PART) {
-        between(i);
+    const auto left = [&](int part, int64_t i) {
+        const bf16* a = rows.all[part] + i * rows.step;
         _tile_loadd(4, a, bytes);
-        _tile_loadd(6, b, 64);
         _tile_loadd(5, a + rows.half, bytes);
+    };
+    const auto right = [&](int part, int64_t i) {
+        const bf16* b = panel[part] + i * PART;
+        _tile_loadd(6, b, 64);
         _tile_loadd(7, b + HALF, 64);
+    };
+    const auto product = [] {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if constexpr (PLANES<X> == 3) {
+        // the small products first, all of them, while sums are too small for their rounding to
+        // matter; the next one always shares an operand with the one before
+        for (int64_t i = 0; i < steps; i++) {
+            between(i);
+            left(2, i);
+            right(0, i);
+            product();
+            left(1, i);
+            product();
+            right(1, i);
+            product();
+            left(0, i);
+            product();
+            right(2, i);
+            product();
+        }
+    }
+    for (int64_t i = 0; i < steps; i++) {
+        if (PLANES<X> == 1) between(i);
+        left(0, i);
+        right(0, i);
+        product();
     }
     _tile_stored(0, out, out_bytes);
     _tile_stored(1, out + 16, out_bytes);
@@ -92,42 +160,47 @@ inline void multiply(const Rows& rows, const bf16* panel, int64_t steps, float* 
     _tile_stored(3, out + 16 * out_stride + 16, out_bytes);
 }
 
-inline void multiply(const Rows& rows, const bf16* panel, int64_t steps, float* out,
+template <class X>
+inline void multiply(const Rows& rows, Operand panel, int64_t steps, float* out,
                      int64_t out_stride = SIDE) {
-    multiply(rows, panel, steps, out, out_stride, [](int64_t) {});
+    multiply<X>(rows, panel, steps, out, out_stride, [](int64_t) {});
 }
 
 // A right operand [depth, columns], where the numbers of a column are `row` apart and those of a
-// row `column`; both sizes are multiples of 32.
-inline void pack(const bf16* from, int64_t row, int64_t column, int64_t depth, int64_t columns,
-                 bf16* to, int threads) {
+// row `column`; both sizes are multiples of 32. Its planes lie one after the other.
+template <class X>
+void pack(const X* from, int64_t row, int64_t column, int64_t depth, int64_t columns, bf16* to,
+          int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t panel = 0; panel < columns / SIDE; panel++) {
         bf16* out = to + panel * depth * SIDE;
         for (int64_t k = 0; k < depth; k += SIDE)
             for (int half = 0; half < 2; half++)
-                for (int pair = 0; pair < 16; pair++)
-                    for (int j = 0; j < 16; j++)
-                        for (int i = 0; i < 2; i++)
-                            *out++ = from[(k + 2 * pair + i) * row +
-                                          (panel * SIDE + 16 * half + j) * column];
-    }
-}
-
-// Rows as a left operand, block by block of 32; zeros stand behind the last.
-inline void gather_rows(const bf16* from, int64_t stride, int64_t count, int64_t depth, bf16* to) {
-    for (int64_t i = 0; i < whole(count) * SIDE; i++) {
-        bf16* row = to + i / SIDE * SIDE * depth + i % SIDE * SIDE;
-        for (int64_t k = 0; k < depth; k += SIDE)
-            _mm512_storeu_si512(row + k * SIDE, i < count
-                                                    ? _mm512_loadu_si512(from + i * stride + k)
-                                                    : _mm512_setzero_si512());
+                for (int pair = 0; pair < 16; pair++, out += SIDE) {
+                    X numbers[SIDE];
+                    for (int j = 0; j < SIDE; j++)
+                        numbers[j] = from[(k + 2 * pair + j % 2) * row +
+                                          (panel * SIDE + 16 * half + j / 2) * column];
+                    for (int j = 0; j < SIDE; j += LANES)
+                        copy_parts(numbers + j, out + j, depth * columns);
+                }
     }
 }
 
 // Where column j of row i lies in a left operand.
 inline int64_t gathered_at(int64_t i, int64_t j, int64_t depth) {
     return i / SIDE * SIDE * depth + j / SIDE * PART + i % SIDE * SIDE + j % SIDE;
+}
+
+// Rows as a left operand, block by block of 32; zeros stand behind the last.
+template <class X>
+void gather_rows(const X* from, int64_t stride, int64_t count, int64_t depth, bf16* to,
+                 int64_t plane) {
+    for (int64_t i = 0; i < whole(count) * SIDE; i++) {
+        const X* row = i < count ? from + i * stride : nullptr;
+        for (int64_t k = 0; k < depth; k += LANES)
+            copy_parts(row ? row + k : nullptr, to + gathered_at(i, k, depth), plane);
+    }
 }
 
 // Memory of one thread, handed out piece by piece; one head of one sequence takes a few dozen.
@@ -148,17 +221,19 @@ struct Scratch {
 // A packed weight [depth, columns], whose panels are `panel` numbers apart.
 struct Weight {
     const bf16* data;
-    int64_t panel, depth, columns;
+    int64_t panel, depth, columns, plane;
 };
 
 // Calls done(numbers, first row, rows, first column), 32 columns and any number of rows at a time,
 // for gathered rows times some panels of a weight. That is done for one part while the next is
 // multiplied.
-template <class Done>
-void multiply_rows(const bf16* gathered, int64_t count, const Weight& weight, int64_t first_panel,
+template <class X, class Done>
+void multiply_rows(Operand gathered, int64_t count, const Weight& weight, int64_t first_panel,
                    int64_t last_panel, Done done) {
     const int64_t steps = weight.depth / SIDE, rows_a_step = (SIDE + steps - 1) / steps;
-    const int64_t at_once = std::max<int64_t>(1, PANELS / (weight.depth * SIDE * sizeof(bf16)));
+    const int64_t bytes = weight.depth * SIDE * sizeof(bf16) * PLANES<X>;
+    const int64_t at_once = std::max<int64_t>(1, PANELS / bytes);
+    const Operand panels{weight.data, weight.plane};
     alignas(64) float parts[2 * PART];
     float *now = parts, *before = parts + PART;
     int64_t row = 0, rows = 0, column = 0;  // of the part before
@@ -169,10 +244,11 @@ void multiply_rows(const bf16* gathered, int64_t count, const Weight& weight, in
     for (int64_t p = first_panel; p < last_panel; p += at_once) {
         for (int64_t i = 0; i < count; i += SIDE) {
             for (int64_t q = p; q < std::min(last_panel, p + at_once); q++) {
-                multiply(packed_rows(gathered + i * weight.depth), weight.data + q * weight.panel,
-                         steps, now, SIDE, [&](int64_t step) {
-                             finish(step * rows_a_step, (step + 1) * rows_a_step);
-                         });
+                multiply<X>(packed_rows(gathered + i * weight.depth), panels + q * weight.panel,
+                            steps, now, SIDE, [&](int64_t step) {
+                                
+                                finish(step * rows_a_step, (step + 1) * rows_a_step);
+                            });
                 std::swap(now, before);
                 row = i, rows = std::min<int64_t>(SIDE, count - i), column = q * SIDE;
             }
@@ -183,32 +259,35 @@ void multiply_rows(const bf16* gathered, int64_t count, const Weight& weight, in
 
 // How many blocks of 32 rows a thread works on at once, of that width: they stay in its
 // second-level cache, and a weight passes through it once for all of them.
+template <class X>
 inline int64_t blocks_at_once(int64_t width) {
-    return std::max<int64_t>(1, std::min<int64_t>(8, ROWS / (width * SIDE * sizeof(bf16))));
+    const int64_t bytes = width * SIDE * sizeof(bf16) * PLANES<X>;
+    return std::max<int64_t>(1, std::min<int64_t>(8, ROWS / bytes));
 }
 
 // Calls done(numbers, first row, rows, first column) for x times a packed weight.
-template <class Done>
-void product(const bf16* x, int64_t stride, const Weight& weight, int64_t rows, int threads,
+template <class X, class Done>
+void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int threads,
              Done done) {
     const int64_t blocks = whole(rows), panels = weight.columns / SIDE;
     const int64_t down = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
     const int64_t across = std::max<int64_t>(1, std::min<int64_t>(threads / down, panels));
-    const int64_t chunk = blocks_at_once(weight.depth);
+    const int64_t chunk = blocks_at_once<X>(weight.depth), plane = chunk * SIDE * weight.depth;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < down * across; part++) {
         Tiles tiles;
-        Buffer<bf16> gathered(chunk * SIDE * weight.depth);
+        Buffer<bf16> gathered(plane * PLANES<X>);
         const int64_t last = blocks * (part / across + 1) / down;
         for (int64_t i = blocks * (part / across) / down; i < last; i += chunk) {
             const int64_t first = i * SIDE;
             const int64_t count = std::min(rows, std::min(last, i + chunk) * SIDE) - first;
-            gather_rows(x + first * stride, stride, count, weight.depth, gathered.data);
-            multiply_rows(gathered.data, count, weight, panels * (part % across) / across,
-                          panels * (part % across + 1) / across,
-                          [&](const float* numbers, int64_t row, int64_t some, int64_t column) {
-                              done(numbers, first + row, some, column);
-                          });
+            gather_rows(x + first * stride, stride, count, weight.depth, gathered.data, plane);
+            multiply_rows<X>({gathered.data, plane}, count, weight,
+                             panels * (part % across) / across,
+                             panels * (part % across + 1) / across,
+                             [&](const float* numbers, int64_t row, int64_t some, int64_t column) {
+                                 done(numbers, first + row, some, column);
+                             });
         }
     }
 }
@@ -222,11 +301,12 @@ inline void each_vector(const float* part, int64_t row, int64_t count, int64_t c
 }
 
 // y = x W + b, or y += x W.
-inline void linear(const bf16* x, int64_t stride, const Weight& weight, const float* b, bf16* y,
-                   bool onto, int64_t rows, int threads) {
+template <class X>
+void linear(const X* x, int64_t stride, const Weight& weight, const float* b, X* y, bool onto,
+            int64_t rows, int threads) {
     product(x, stride, weight, rows, threads, [=](auto... part) {
         each_vector(part..., [=](Floats v, int64_t i, int64_t j) {
-            bf16* to = y + i * weight.columns + j;
+            X* to = y + i * weight.columns + j;
             if (b) v += widen(b + j);
             if (onto) v += widen(to);
             narrow(to, v);
@@ -241,17 +321,18 @@ struct Slopes {
     Kept kind;
     float low, step;
 
+    template <class X>
     void keep(int64_t at, Floats derivative) const {
         if (kind == LEVELS)
             narrow(static_cast<uint8_t*>(data) + at, (derivative - low) * (1.0f / step) + 0.5f);
         else
-            narrow(static_cast<bf16*>(data) + at, derivative);
+            narrow(static_cast<X*>(data) + at, derivative);
     }
 
-    template <class Act>
+    template <class Act, class X>
     Floats get(int64_t at, const float* b) const {
         if (kind == LEVELS) return widen(static_cast<const uint8_t*>(data) + at) * step + low;
-        Floats v = widen(static_cast<const bf16*>(data) + at), value;
+        Floats v = widen(static_cast<const X*>(data) + at), value;
         if (kind == INPUT) {
             if (b) v += widen(b);
             Act::both(v, &value, &v);
@@ -261,24 +342,24 @@ struct Slopes {
 };
 
 // h = act(x W + b), and act' where it is kept.
-template <class Act>
-void linear_activation(const bf16* x, int64_t stride, const Weight& weight, const float* b,
-                       bf16* h, const Slopes& slopes, int64_t rows, int threads) {
+template <class Act, class X>
+void linear_activation(const X* x, int64_t stride, const Weight& weight, const float* b, X* h,
+                       const Slopes& slopes, int64_t rows, int threads) {
     product(x, stride, weight, rows, threads, [=](auto... part) {
         each_vector(part..., [=](Floats v, int64_t i, int64_t j) {
             Floats value, derivative;
             if (b) v += widen(b + j);
             Act::both(v, &value, &derivative);
             narrow(h + i * weight.columns + j, value);
-            if (slopes.data) slopes.keep(i * weight.columns + j, derivative);
+            if (slopes.data) slopes.keep<X>(i * weight.columns + j, derivative);
         });
     });
 }
 
 // dz = (dy W) act', and its sum over tokens.
-template <class Act>
-void linear_activation_bwd(const bf16* dy, int64_t stride, const Weight& weight,
-                           const Slopes& slopes, const float* b, bf16* dz, float* db, int64_t rows,
+template <class Act, class X>
+void linear_activation_bwd(const X* dy, int64_t stride, const Weight& weight,
+                           const Slopes& slopes, const float* b, X* dz, float* db, int64_t rows,
                            int threads) {
     Sums sums(db, rows, weight.columns);
     product(dy, stride, weight, rows, threads,
@@ -286,7 +367,7 @@ void linear_activation_bwd(const bf16* dy, int64_t stride, const Weight& weight,
         float* sum = sums.block(row / SIDE);
         each_vector(part, row, count, column, [=](Floats v, int64_t i, int64_t j) {
             const int64_t at = i * weight.columns + j;
-            v *= slopes.get<Act>(at, b ? b + j : nullptr);
+            v *= slopes.get<Act, X>(at, b ? b + j : nullptr);
             narrow(dz + at, v);
             if (sum) add(sum, j, v);
         });
@@ -312,7 +393,7 @@ struct Junction {
 // Calls work(first row, rows, scratch) for pieces of some rows that stay in a thread's cache.
 template <class Work>
 void each_chunk(int64_t rows, int64_t width, int64_t bytes_a_row, int threads, Work work) {
-    const int64_t blocks = whole(rows), chunk = blocks_at_once(width);
+    const int64_t blocks = whole(rows), chunk = blocks_at_once<bf16>(width);
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < parts; part++) {
@@ -348,24 +429,24 @@ void layer_end(const bf16* o, const bf16* x, const Weight& out, const Junction& 
         };
         // rows are numbered as in the whole batch, by which dropout goes
         const int64_t before = first * width;
-        gather_rows(o + before, width, count, width, gathered);
-        multiply_rows(gathered, count, out, 0, width / SIDE, keep_rows);
+        gather_rows(o + before, width, count, width, gathered, 0);
+        multiply_rows<bf16>({gathered, 0}, count, out, 0, width / SIDE, keep_rows);
         LayerNorm<bf16, bf16, bf16>{z - before, width, middle.b, x, width, middle.gamma,
                                     middle.beta, s - before, nullptr, middle.xhat, nullptr,
                                     middle.rstd, width, middle.eps, middle.drop(rounds)}(
             first, first + count);
-        gather_rows(s, width, count, width, gathered);
-        multiply_rows(gathered, count, up, 0, inner / SIDE, [&](auto... part) {
+        gather_rows(s, width, count, width, gathered, 0);
+        multiply_rows<bf16>({gathered, 0}, count, up, 0, inner / SIDE, [&](auto... part) {
             each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
                 Floats value, derivative;
                 if (b) v += widen(b + j);
                 Act::both(v, &value, &derivative);
                 narrow(h + gathered_at(i, j, inner), value);
-                if (slopes.data) slopes.keep((first + i) * inner + j, derivative);
+                if (slopes.data) slopes.keep<bf16>((first + i) * inner + j, derivative);
             });
         });
         // behind the last row stands what stood there before; it is multiplied, and left out
-        multiply_rows(h, count, down, 0, width / SIDE, keep_rows);
+        multiply_rows<bf16>({h, 0}, count, down, 0, width / SIDE, keep_rows);
         LayerNorm<bf16, bf16, bf16>{z - before, width, end.b, s - before, width, end.gamma,
                                     end.beta, y, nullptr, end.xhat, nullptr, end.rstd, width,
                                     end.eps, end.drop(rounds)}(first, first + count);
@@ -398,26 +479,26 @@ void layer_end_bwd(const bf16* dy, const Weight& out, const Junction& middle, co
             for (int64_t i = first; i < first + count; i += SIDE)
                 bwd(i, std::min(first + count, i + SIDE), beta.block(i / SIDE),
                     bias.block(i / SIDE), nullptr);
-            gather_rows(like.threshold ? dz : to + before, width, count, width, gathered);
+            gather_rows(like.threshold ? dz : to + before, width, count, width, gathered, 0);
         };
         norm(dy, end, ds - before, end_beta, end_b);
-        multiply_rows(gathered, count, down, 0, inner / SIDE,
+        multiply_rows<bf16>({gathered, 0}, count, down, 0, inner / SIDE,
                       [&](const float* part, int64_t row, int64_t some, int64_t column) {
             float* sum = up_b.block((first + row) / SIDE);
             each_vector(part, row, some, column, [&](Floats v, int64_t i, int64_t j) {
-                v *= slopes.get<Act>((first + i) * inner + j, b ? b + j : nullptr);
+                v *= slopes.get<Act, bf16>((first + i) * inner + j, b ? b + j : nullptr);
                 narrow(du + gathered_at(i, j, inner), v);
                 if (sum) add(sum, j, v);
             });
         });
-        multiply_rows(du, count, up, 0, width / SIDE, [&](auto... part) {
+        multiply_rows<bf16>({du, 0}, count, up, 0, width / SIDE, [&](auto... part) {
             each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
                 bf16* to = ds + i * width + j;
                 narrow(to, v + widen(to));
             });
         });
         norm(ds - before, middle, dx, middle_beta, middle_b);
-        multiply_rows(gathered, count, out, 0, width / SIDE, [&](auto... part) {
+        multiply_rows<bf16>({gathered, 0}, count, out, 0, width / SIDE, [&](auto... part) {
             each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
                 narrow(dout + (first + i) * width + j, v);
             });
@@ -475,50 +556,97 @@ inline void interleave(const bf16* from, int64_t stride, bf16* to) {
 }
 
 // One head of one sequence, its rows copied, with zeros up to a multiple of 32.
+template <class X>
 struct Head {
-    const int64_t padded, size;
+    const int64_t padded, size, plane;
     bf16 *rows, *other;
 
-    Head(const bf16* from, int64_t stride, int64_t count, int64_t size, Scratch& scratch)
+    Head(const X* from, int64_t stride, int64_t count, int64_t size, Scratch& scratch)
         : padded(whole(count) * SIDE),
           size(size),
-          rows(scratch.take<bf16>(padded * size)),
-          other(scratch.take<bf16>(padded * size)) {
+          plane(padded * size),
+          rows(scratch.take<bf16>(PLANES<X> * plane)),
+          other(scratch.take<bf16>(PLANES<X> * plane)) {
         for (int64_t i = 0; i < padded; i++)
-            for (int64_t j = 0; j < size; j += SIDE)
-                _mm512_storeu_si512(rows + i * size + j,
-                                    i < count ? _mm512_loadu_si512(from + i * stride + j)
-                                              : _mm512_setzero_si512());
+            for (int64_t j = 0; j < size; j += LANES)
+                copy_parts(i < count ? from + i * stride + j : nullptr, rows + i * size + j, plane);
     }
 
+    Operand from(int64_t row) const { return {rows + row * size, plane}; }
+
     // The right operand that its transpose is: [size, padded].
-    const bf16* transposed() {
-        for (int64_t i = 0; i < padded; i += 16)
-            for (int64_t j = 0; j < size; j += SIDE)
-                transpose(rows + i * size + j, size * sizeof(bf16),
-                          other + i / SIDE * SIDE * size + j * SIDE + i % SIDE * SIDE, 64);
-        return other;
+    Operand transposed() {
+        each_plane([&](const bf16* rows, bf16* other) {
+            for (int64_t i = 0; i < padded; i += 16)
+                for (int64_t j = 0; j < size; j += SIDE)
+                    transpose(rows + i * size + j, size * sizeof(bf16),
+                              other + i / SIDE * SIDE * size + j * SIDE + i % SIDE * SIDE, 64);
+        });
+        return {other, plane};
     }
 
     // The right operand that it is: [padded, size].
-    const bf16* plain() {
-        for (int64_t j = 0; j < size; j += SIDE)
-            for (int64_t i = 0; i < padded; i += SIDE)
-                interleave(rows + i * size + j, size, other + j * padded + i * SIDE);
-        return other;
+    Operand plain() {
+        each_plane([&](const bf16* rows, bf16* other) {
+            for (int64_t j = 0; j < size; j += SIDE)
+                for (int64_t i = 0; i < padded; i += SIDE)
+                    interleave(rows + i * size + j, size, other + j * padded + i * SIDE);
+        });
+        return {other, plane};
     }
 
     // The left operand that its transpose is: [size, padded], row by row.
-    const bf16* transposed_rows() {
+    Operand transposed_rows() {
         alignas(64) bf16 step[PART];
-        for (int64_t i = 0; i < padded; i += SIDE)
-            for (int64_t j = 0; j < size; j += SIDE) {
-                interleave(rows + i * size + j, size, step);
-                for (int half = 0; half < 2; half++)
-                    transpose(step + half * HALF, 64,
-                              other + (j + 16 * half) * padded + i, padded * sizeof(bf16));
-            }
-        return other;
+        each_plane([&](const bf16* rows, bf16* other) {
+            for (int64_t i = 0; i < padded; i += SIDE)
+                for (int64_t j = 0; j < size; j += SIDE) {
+                    interleave(rows + i * size + j, size, step);
+                    for (int half = 0; half < 2; half++)
+                        transpose(step + half * HALF, 64,
+                                  other + (j + 16 * half) * padded + i, padded * sizeof(bf16));
+                }
+        });
+        return {other, plane};
+    }
+
+  private:
+    template <class Work>
+    void each_plane(Work work) {
+        for (int i = 0; i < PLANES<X>; i++) work(rows + i * plane, other + i * plane);
+    }
+};
+
+// Rows of probabilities, or of what follows from them: 32 queries, some keys.
+template <class X>
+struct Block {
+    const int64_t keys;
+    X* wide;
+    bf16* parts;
+
+    Block(int64_t keys, Scratch& scratch)
+        : keys(keys),
+          wide(PLANES<X> > 1 ? scratch.take<X>(SIDE * keys) : nullptr),
+          parts(scratch.take<bf16>(PLANES<X> * SIDE * keys)) {
+        if constexpr (PLANES<X> == 1) wide = parts;
+    }
+
+    X* row(int64_t i) { return wide + i * keys; }
+
+    // The left operand that it is.
+    Operand left() {
+        if constexpr (PLANES<X> > 1)
+            for (int64_t j = 0; j < SIDE * keys; j += LANES)
+                split<X>(parts + j, SIDE * keys, widen(wide + j));
+        return {parts, SIDE * keys};
+    }
+
+    // Rows `first` and on of the right operand of `depth` rows that it is a part of.
+    void interleave_into(bf16* panels, int64_t depth, int64_t first) const {
+        for (int i = 0; i < PLANES<X>; i++)
+            for (int64_t j = 0; j < keys; j += SIDE)
+                interleave(parts + i * SIDE * keys + j, keys,
+                           panels + i * depth * keys + j * depth + first * SIDE);
     }
 };
 
@@ -556,41 +684,44 @@ void each_head(const Attention& a, const Dropout& like, int threads, Bytes bytes
     }
 }
 
-inline void attention_fwd(const bf16* q, const bf16* k, const bf16* v, bf16* o, const Attention& a,
-                          const Dropout& like, int threads) {
+template <class X>
+void attention_fwd(const X* q, const X* k, const X* v, X* o, const Attention& a,
+                   const Dropout& like, int threads) {
     const auto bytes = [&](int64_t queries, int64_t keys) {
-        return 2 * 2 * (queries + 2 * keys) * a.size + SIDE * keys * 6 + 8 * keys + 4 * PART;
+        return PLANES<X> * (4 * (queries + 2 * keys) * a.size + 2 * SIDE * keys) +
+               (4 + sizeof(X)) * SIDE * keys + 8 * keys + 4 * PART + 1024;
     };
     each_head(a, like, threads, bytes, [&](int64_t q0, int64_t queries, int64_t k0, int64_t keys,
                                            int64_t h, Mask& drop, Scratch& scratch) {
         const int64_t at = h * a.size;
-        Head query(q + q0 * a.q_stride + at, a.q_stride, queries, a.size, scratch);
-        Head key(k + k0 * a.k_stride + at, a.k_stride, keys, a.size, scratch);
-        Head value(v + k0 * a.v_stride + at, a.v_stride, keys, a.size, scratch);
-        const bf16 *key_panels = key.transposed(), *value_panels = value.plain();
+        Head<X> query(q + q0 * a.q_stride + at, a.q_stride, queries, a.size, scratch);
+        Head<X> key(k + k0 * a.k_stride + at, a.k_stride, keys, a.size, scratch);
+        Head<X> value(v + k0 * a.v_stride + at, a.v_stride, keys, a.size, scratch);
+        const Operand key_panels = key.transposed(), value_panels = value.plain();
         const int64_t padded = key.padded;
         float* scores = scratch.take<float>(SIDE * padded);
         float *row = scratch.take<float>(2 * padded), *part = scratch.take<float>(PART);
-        bf16* p = scratch.take<bf16>(SIDE * padded);
+        Block<X> p(padded, scratch);
         for (int64_t first = 0; first < queries; first += SIDE) {
             const int64_t count = std::min<int64_t>(SIDE, queries - first);
             for (int64_t j = 0; j < padded; j += SIDE)
-                multiply(plain_rows(query.rows + first * a.size, a.size),
-                         key_panels + j * a.size, a.size / SIDE, scores + j, padded);
+                multiply<X>(plain_rows(query.from(first), a.size), key_panels + j * a.size,
+                            a.size / SIDE, scores + j, padded);
             for (int64_t i = 0; i < SIDE; i++) {
                 if (i >= count) {
-                    clear(p + i * padded, 0, padded);
+                    clear(p.row(i), 0, padded);
                     continue;
                 }
                 const float* bias =
                     a.bias ? a.bias + h * a.bias_head + (first + i) * a.bias_query : nullptr;
                 if (like.threshold) drop.row((q0 + first + i) * a.heads + h, keys);
-                softmax_row<float, bf16>(scores + i * padded, nullptr, p + i * padded,
-                                         nullptr, keys, padded, a.scale, bias, drop, row);
+                softmax_row<float, X>(scores + i * padded, nullptr, p.row(i), nullptr, keys,
+                                      padded, a.scale, bias, drop, row);
             }
+            const Operand left = p.left();
             for (int64_t j = 0; j < a.size; j += SIDE) {
-                multiply(plain_rows(p, padded), value_panels + j * padded, padded / SIDE,
-                         part);
+                multiply<X>(plain_rows(left, padded), value_panels + j * padded, padded / SIDE,
+                            part);
                 each_vector(part, q0 + first, count, at + j,
                             [&](Floats x, int64_t i, int64_t column) {
                                 narrow(o + i * a.heads * a.size + column, x);
@@ -601,13 +732,14 @@ inline void attention_fwd(const bf16* q, const bf16* k, const bf16* v, bf16* o, 
 }
 
 // to[i] = (rows^T x panels)[:, i], the gradients of keys or values.
-inline void transposed_product(const bf16* rows, const bf16* panels, int64_t depth, int64_t size,
-                               int64_t count, bf16* to, int64_t stride) {
+template <class X>
+void transposed_product(Operand rows, Operand panels, int64_t depth, int64_t size, int64_t count,
+                        X* to, int64_t stride) {
     alignas(64) float part[PART], turned[PART];
     for (int64_t first = 0; first < count; first += SIDE)
         for (int64_t j = 0; j < size; j += SIDE) {
-            multiply(plain_rows(rows + j * depth, depth), panels + first * depth, depth / SIDE,
-                     part);
+            multiply<X>(plain_rows(rows + j * depth, depth), panels + first * depth, depth / SIDE,
+                        part);
             for (int i = 0; i < SIDE; i += 16)
                 for (int k = 0; k < SIDE; k += 16)
                     transpose(part + i * SIDE + k, SIDE * sizeof(float), turned + k * SIDE + i,
@@ -620,69 +752,74 @@ inline void transposed_product(const bf16* rows, const bf16* panels, int64_t dep
 }
 
 // `dk` and `dv` may be null; the strides of all gradients are from token to token.
-inline void attention_bwd(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, bf16* dq,
-                          int64_t dq_stride, bf16* dk, bf16* dv, int64_t dkv_stride,
-                          const Attention& a, const Dropout& like, int threads) {
+template <class X>
+void attention_bwd(const X* dout, const X* q, const X* k, const X* v, X* dq, int64_t dq_stride,
+                   X* dk, X* dv, int64_t dkv_stride, const Attention& a, const Dropout& like,
+                   int threads) {
     const auto bytes = [&](int64_t queries, int64_t keys) {
-        return 2 * (4 * queries + 5 * keys) * a.size + SIDE * keys * 12 + 8 * keys + 4 * PART +
-               (dk ? 4 * queries * keys : 0);
+        return 2 * PLANES<X> * ((4 * queries + 5 * keys) * a.size + 2 * SIDE * keys +
+                                (dk ? 2 * queries * keys : 0)) +
+               (8 + 2 * sizeof(X)) * SIDE * keys + 8 * keys + 4 * PART + 2048;
     };
     each_head(a, like, threads, bytes, [&](int64_t q0, int64_t queries, int64_t k0, int64_t keys,
                                            int64_t h, Mask& drop, Scratch& scratch) {
         const int64_t at = h * a.size;
-        Head query(q + q0 * a.q_stride + at, a.q_stride, queries, a.size, scratch);
-        Head above(dout + q0 * a.heads * a.size + at, a.heads * a.size, queries, a.size, scratch);
-        Head key(k + k0 * a.k_stride + at, a.k_stride, keys, a.size, scratch);
-        Head value(v + k0 * a.v_stride + at, a.v_stride, keys, a.size, scratch);
+        Head<X> query(q + q0 * a.q_stride + at, a.q_stride, queries, a.size, scratch);
+        Head<X> above(dout + q0 * a.heads * a.size + at, a.heads * a.size, queries, a.size,
+                      scratch);
+        Head<X> key(k + k0 * a.k_stride + at, a.k_stride, keys, a.size, scratch);
+        Head<X> value(v + k0 * a.v_stride + at, a.v_stride, keys, a.size, scratch);
         const int64_t padded = key.padded, depth = query.padded;
-        bf16* plain_key = scratch.take<bf16>(padded * a.size);
-        std::memcpy(plain_key, key.plain(), padded * a.size * sizeof(bf16));
-        const bf16 *key_panels = key.transposed(), *value_panels = value.transposed();
+        bf16* plain_key = scratch.take<bf16>(PLANES<X> * key.plane);
+        std::memcpy(plain_key, key.plain().data, PLANES<X> * key.plane * sizeof(bf16));
+        const Operand plain_panels{plain_key, key.plane};
+        const Operand key_panels = key.transposed(), value_panels = value.transposed();
         float* scores = scratch.take<float>(SIDE * padded);
         float* gradients = scratch.take<float>(SIDE * padded);
         float *row = scratch.take<float>(2 * padded), *part = scratch.take<float>(PART);
-        bf16 *p = scratch.take<bf16>(SIDE * padded), *ds = scratch.take<bf16>(SIDE * padded);
-        bf16* p_panels = scratch.take<bf16>(dk ? depth * padded : 0);
-        bf16* ds_panels = scratch.take<bf16>(dk ? depth * padded : 0);
+        Block<X> p(padded, scratch), ds(padded, scratch);
+        bf16* p_panels = scratch.take<bf16>(dk ? PLANES<X> * depth * padded : 0);
+        bf16* ds_panels = scratch.take<bf16>(dk ? PLANES<X> * depth * padded : 0);
         for (int64_t first = 0; first < queries; first += SIDE) {
             const int64_t count = std::min<int64_t>(SIDE, queries - first);
             for (int64_t j = 0; j < padded; j += SIDE) {
-                multiply(plain_rows(query.rows + first * a.size, a.size),
-                         key_panels + j * a.size, a.size / SIDE, scores + j, padded);
-                multiply(plain_rows(above.rows + first * a.size, a.size),
-                         value_panels + j * a.size, a.size / SIDE, gradients + j, padded);
+                multiply<X>(plain_rows(query.from(first), a.size), key_panels + j * a.size,
+                            a.size / SIDE, scores + j, padded);
+                multiply<X>(plain_rows(above.from(first), a.size), value_panels + j * a.size,
+                            a.size / SIDE, gradients + j, padded);
             }
             for (int64_t i = 0; i < SIDE; i++) {
-                bf16 *p_row = p + i * padded, *ds_row = ds + i * padded;
                 if (i >= count) {
-                    clear(p_row, 0, padded);
-                    clear(ds_row, 0, padded);
+                    clear(p.row(i), 0, padded);
+                    clear(ds.row(i), 0, padded);
                     continue;
                 }
                 const float* bias =
                     a.bias ? a.bias + h * a.bias_head + (first + i) * a.bias_query : nullptr;
                 if (like.threshold) drop.row((q0 + first + i) * a.heads + h, keys);
-                softmax_row(scores + i * padded, gradients + i * padded, p_row, ds_row,
+                softmax_row(scores + i * padded, gradients + i * padded, p.row(i), ds.row(i),
                             keys, padded, a.scale, bias, drop, row);
             }
+            const Operand left = ds.left();
             for (int64_t j = 0; j < a.size; j += SIDE) {
-                multiply(plain_rows(ds, padded), plain_key + j * padded, padded / SIDE,
-                         part);
+                multiply<X>(plain_rows(left, padded), plain_panels + j * padded, padded / SIDE,
+                            part);
                 each_vector(part, q0 + first, count, at + j,
                             [&](Floats x, int64_t i, int64_t column) {
                                 narrow(dq + i * dq_stride + column, x);
                             });
             }
-            for (int64_t j = 0; dk && j < padded; j += SIDE) {
-                interleave(p + j, padded, p_panels + j * depth + first * SIDE);
-                interleave(ds + j, padded, ds_panels + j * depth + first * SIDE);
+            if (dk) {
+                p.left();
+                p.interleave_into(p_panels, depth, first);
+                ds.interleave_into(ds_panels, depth, first);
             }
         }
         if (dk) {
-            transposed_product(query.transposed_rows(), ds_panels, depth, a.size, keys,
-                               dk + k0 * dkv_stride + at, dkv_stride);
-            transposed_product(above.transposed_rows(), p_panels, depth, a.size, keys,
-                               dv + k0 * dkv_stride + at, dkv_stride);
+            transposed_product(query.transposed_rows(), {ds_panels, depth * padded}, depth, a.size,
+                               keys, dk + k0 * dkv_stride + at, dkv_stride);
+            transposed_product(above.transposed_rows(), {p_panels, depth * padded}, depth, a.size,
+                               keys, dv + k0 * dkv_stride + at, dkv_stride);
         }
     });
 }

@@ -1,6 +1,7 @@
 """Launchers of products with frozen weights, attention and layers' ends on a CPU's matrix units.
 
-The kernels are in `tiles.h`. Weights are packed once; everything is in bf16, with sums in fp32.
+The kernels are in `tiles.h`. Weights are packed once. In bf16 sums are in fp32; fp32 numbers are
+three bf16 ones each, which give what products in fp32 do, in 6 bytes for each packed weight.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class _Weight(ctypes.Structure):
         ("panel", _L),
         ("depth", _L),
         ("columns", _L),
+        ("plane", _L),
     )
 
 
@@ -71,16 +73,19 @@ class Packed:
     ----------
     data : Tensor
         bf16: N / 32 panels of 32 columns, in each K / 32 steps of `[2, 16, 16, 2]`: left and
-        right half, pair of rows, column, row of the pair.
+        right half, pair of rows, column, row of the pair. For fp32 two further planes.
     panel : int
         Numbers from one panel to the next.
     depth, columns : int
         K and N, multiples of 32.
+    plane : int
+        Numbers from one plane to the next.
     """
 
-    def __init__(self, data: Tensor, panel: int, depth: int, columns: int) -> None:
+    def __init__(self, data: Tensor, panel: int, depth: int, columns: int, plane: int) -> None:
         self.data, self.panel, self.depth, self.columns = data, panel, depth, columns
-        self._struct = _Weight(data.data_ptr(), panel, depth, columns)
+        self.plane = plane
+        self._struct = _Weight(data.data_ptr(), panel, depth, columns, plane)
         self.address = ctypes.addressof(self._struct)
 
     def __getitem__(self, index: tuple[slice, slice]) -> Packed:
@@ -88,18 +93,24 @@ class Packed:
         (k, k_end, _), (n, n_end, _) = index[0].indices(self.depth), index[1].indices(self.columns)
         assert not any(at % SIDE for at in (k, k_end, n, n_end))
         data = self.data[n // SIDE * self.panel + k * SIDE :]
-        return Packed(data, self.panel, k_end - k, n_end - n)
+        return Packed(data, self.panel, k_end - k, n_end - n, self.plane)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        return Packed(copy.deepcopy(self.data, memo), self.panel, self.depth, self.columns)
+        data = copy.deepcopy(self.data, memo)
+        return Packed(data, self.panel, self.depth, self.columns, self.plane)
 
 
 def pack(operand: Tensor) -> Packed:
-    """Pack a right operand `[K, N]`, bf16 with any strides; K and N are multiples of 32."""
-    depth, columns = operand.shape
-    data = operand.new_empty(depth * columns)
-    native._call("pack", operand.data_ptr(), *operand.stride(), depth, columns, data.data_ptr())
-    return Packed(data, depth * SIDE, depth, columns)
+    """Pack a right operand `[K, N]`, bf16 or fp32, any strides; K and N are multiples of 32."""
+    (depth, columns), planes = operand.shape, 3 if operand.dtype == torch.float32 else 1
+    data = operand.new_empty(planes * depth * columns, dtype=torch.bfloat16)
+    native._call("pack", _type(operand), operand.data_ptr(), *operand.stride(), depth, columns,
+                 data.data_ptr())  # fmt: skip
+    return Packed(data, depth * SIDE, depth, columns, depth * columns)
+
+
+def _type(tensor: Tensor) -> int:
+    return native.DTYPES[tensor.dtype]
 
 
 def _slopes(kept: Tensor | None, act: str, is_slope: bool = True) -> _Slopes:
@@ -120,12 +131,13 @@ def _room_for_slopes(x: Tensor, columns: int, few_bits: bool) -> Tensor:
 def linear(
     x: Tensor, weight: Packed, b: Tensor | None = None, onto: Tensor | None = None
 ) -> Tensor:
-    """Return `x W + b`, or `x W` added to `onto`, in place; all bf16 but b."""
+    """Return `x W + b`, or `x W` added to `onto`, in place; all of one dtype but b."""
     assert onto is None or onto.is_contiguous()
     x, b = native._rows(x), native._vector(b)
     y = x.new_empty(x.shape[0], weight.columns) if onto is None else onto
     native._call(
         "linear",
+        _type(x),
         x.data_ptr(),
         x.stride(0),
         weight.address,
@@ -140,13 +152,14 @@ def linear(
 def linear_activation(
     x: Tensor, weight: Packed, b: Tensor | None, act: str, few_bits: bool, keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return act(x W + b), and act' if it is to be kept, in bf16 or in 8 bits."""
+    """Return act(x W + b), and act' if it is to be kept, in the dtype of x or in 8 bits."""
     x, b = native._rows(x), native._vector(b)
     h = x.new_empty(x.shape[0], weight.columns)
     kept = _room_for_slopes(x, weight.columns, few_bits) if keeps else None
     slopes = _slopes(kept, act)
     native._call(
         "linear_activation",
+        _type(x),
         native.ACTS[act],
         x.data_ptr(),
         x.stride(0),
@@ -169,6 +182,7 @@ def linear_activation_bwd(
     slopes = _slopes(kept, act, is_slope)
     native._call(
         "linear_activation_bwd",
+        _type(dy),
         native.ACTS[act],
         dy.data_ptr(),
         dy.stride(0),
@@ -350,7 +364,7 @@ def attention_fwd(
     Parameters
     ----------
     q, k, v : Tensor
-        `[*, H, D]` bf16, heads side by side, D a multiple of 32.
+        `[*, H, D]` bf16 or fp32, heads side by side, D a multiple of 32.
     starts_q, starts_k : Tensor
         `[B + 1]` int32: where each sequence's queries and keys begin.
     p, seed
@@ -360,7 +374,7 @@ def attention_fwd(
     """
     o = q.new_empty(q.shape)
     heads = _heads(q, k, v, starts_q, starts_k, bias)
-    native._call("attention_fwd", *heads, o.data_ptr(), *native._dropped(p, seed))
+    native._call("attention_fwd", _type(q), *heads, o.data_ptr(), *native._dropped(p, seed))
     return o
 
 
@@ -381,6 +395,7 @@ def attention_bwd(
     dk, dv = (None, None) if dkv is None else dkv.unbind(1)
     native._call(
         "attention_bwd",
+        _type(q),
         *_heads(q, k, v, starts_q, starts_k, bias),
         do.data_ptr(),
         dq.data_ptr(),

@@ -41,7 +41,7 @@ def _prefers_onednn() -> bool:
 
 def _takes_tiles(rows: Tensor, weight: Tensor) -> bool:
     """Return whether the CPU's matrix units multiply rows of this kind by the weight."""
-    if rows.dtype != torch.bfloat16 or not uses_native(rows):
+    if not uses_native(rows):
         return False
     return native.has_tiles() and not any(size % tiles.SIDE for size in weight.shape)
 

@@ -21,6 +21,7 @@ from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
 from .fixed import FixedSteps, budgets, check_budget
 from .graph import Recorder
+from .heap import keep_freed_memory
 from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
@@ -66,6 +67,8 @@ class FastStep:
         self.no_gradient: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
         self.arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
         self.device = self.arena.values.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.encoder = encoder_of(model)
         captures = plan.graph and self.device.type == "cuda" and not parallel

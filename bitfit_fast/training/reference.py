@@ -18,6 +18,7 @@ from ..encoder import MEMORY
 from ..errors import listed
 from ..kinds import KINDS, forward
 from ..selection import NO_GRADIENT, Selection
+from .heap import keep_freed_memory
 from .settings import Plan
 
 __all__ = ["ReferenceBackend", "ReferenceStep"]
@@ -39,6 +40,8 @@ class ReferenceStep:
         self.no_gradient: frozenset[str] = getattr(model, NO_GRADIENT, frozenset())
         self.addition = addition(model)
         self.steps = 0
+        if plan.device.type == "cpu":
+            keep_freed_memory()
         self._begin()
 
     def _begin(self) -> None:

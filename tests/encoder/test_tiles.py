@@ -16,7 +16,9 @@ CHANGES = {
     "vit": WIDE,
 }
 HEADS = ("ForSequenceClassification", "ForTokenClassification")
-RULE = {"roundings": 2, "eps": 2.0**-7}
+RULES = {"bf16": {"roundings": 2, "eps": 2.0**-7}, "fp32": {}}
+
+of_both_precisions = pytest.mark.parametrize("precision", RULES)
 
 pytestmark = pytest.mark.parametrize("backend", ["native"], indirect=True)
 
@@ -31,25 +33,32 @@ def tiles(backend, monkeypatch):
     return names
 
 
+@of_both_precisions
 @pytest.mark.parametrize("family", CHANGES)
 @pytest.mark.parametrize("head", HEADS)
-def test_loss_and_gradients(family, head, backend, tiles, case, measure, as_exact, memory):
+def test_loss_and_gradients(
+    family, head, precision, backend, tiles, case, measure, as_exact, memory
+):
     if family == "vit" and head == HEADS[1]:
         return
     each = case(family, head, **CHANGES[family])
-    patch_encoder(each.model, precision="bf16", memory=memory)
+    patch_encoder(each.model, precision=precision, memory=memory)
     found = measure(each.model, each.inputs)
     assert set(found) == set(each.exact)
-    as_exact(found, each.bf16, each.exact, **RULE)
+    rule = RULES["bf16" if memory == "low" else precision]  # of 8 bits
+    as_exact(found, getattr(each, precision), each.exact, **rule)
     assert {"linear", "attention_fwd", "attention_bwd"} <= set(tiles)
-    ends = family != "vit" and memory in ("fast", "low")
+    ends = precision == "bf16" and family != "vit" and memory in ("fast", "low")
     assert tiles.count("layer_end") == 3 * ends
     # where the backward pass ends in a layer, it goes step by step
     assert tiles.count("layer_end_bwd") == 3 * ends
 
 
+@of_both_precisions
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_every_choice_gets_its_gradients_and_no_other(family, backend, case, measure, as_exact):
+def test_every_choice_gets_its_gradients_and_no_other(
+    family, precision, backend, case, measure, as_exact
+):
     each = case(family, **CHANGES[family])
     terms = dict.fromkeys(b.term for b in biases(each.model) if not b.zero_gradient)
     for layers in (None, "0", "1", "2"):
@@ -58,11 +67,12 @@ def test_every_choice_gets_its_gradients_and_no_other(family, backend, case, mea
                 selection = select(each.model, term, layers)
             except Exception:  # outside of the layers
                 continue
-            done = patch_encoder(each.model, precision="bf16")
+            done = patch_encoder(each.model, precision=precision)
             found = measure(each.model, each.inputs)
             wanted = set(selection.names) - set(done.no_gradient)
             assert set(found) == {"loss"} | wanted, (term, layers)
-            as_exact(found, each.bf16, each.exact, label=f"{term} {layers}", **RULE)
+            theirs = getattr(each, precision)
+            as_exact(found, theirs, each.exact, label=f"{term} {layers}", **RULES[precision])
             unpatch(each.model)
 
 
@@ -91,12 +101,13 @@ def test_the_whole_end_of_a_layer_is_its_steps(
         assert error < 2**-5, (name, error)
 
 
-def test_a_copied_model_has_weights_of_its_own(backend, build, batch, measure):
+@of_both_precisions
+def test_a_copied_model_has_weights_of_its_own(precision, backend, build, batch, measure):
     import copy
 
     model = build("bert", **WIDE)
     select(model)
-    patch_encoder(model, precision="bf16")
+    patch_encoder(model, precision=precision)
     before = measure(model, batch(model))
     twin = copy.deepcopy(model)
     again = measure(twin, batch(twin))

@@ -16,6 +16,7 @@ ROWS = (0, 1, 31, 32, 70)
 SHAPES = ((32, 32), (96, 64), (64, 416))
 SEED = torch.tensor([2**62 - 1])
 BF16 = torch.bfloat16
+of_both_dtypes = pytest.mark.parametrize("dtype", [BF16, torch.float32])
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def randn(*shape, dtype=BF16, seed=0):
 
 
 def judge(ours, pytorch, exact, roundings=2, label=""):
-    """Assert that an error is at most twice PyTorch's in bf16, above a floor of its roundings."""
+    """Assert that an error is at most twice PyTorch's, above a floor of its dtype's roundings."""
     assert ours.shape == exact.shape, label
     if not ours.numel():
         return
@@ -67,24 +68,35 @@ def test_packed_weights_hold_every_number_once():
     assert torch.equal(places.long(), expected)
 
 
+def test_three_parts_are_exactly_an_fp32_number():
+    numbers = torch.tensor([0.0, -0.0, 1.0, 1 + 2**-23, -(2 - 2**-23), 1 / 3, 3e38, -1e-30])
+    weight = torch.cat((numbers, randn(32 * 32 - 8, dtype=torch.float32))).view(32, 32)
+    parts = tiles.pack(weight).data.view(3, 2, 16, 16, 2).float().sum(0)
+    half, pair, column, row = torch.meshgrid(*map(torch.arange, parts.shape), indexing="ij")
+    assert torch.equal(parts, weight[2 * pair + row, 16 * half + column])
+
+
+@of_both_dtypes
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_linear(rows, shape):
+def test_linear(rows, shape, dtype):
     depth, columns = shape
-    x, weight, b = randn(rows, depth), randn(depth, columns), randn(columns, dtype=torch.float32)
+    x, weight = randn(rows, depth, dtype=dtype), randn(depth, columns, dtype=dtype)
+    b = randn(columns, dtype=torch.float32)
     packed = tiles.pack(weight)
     exact = x.double() @ weight.double()
     judge(tiles.linear(x, packed), x @ weight, exact)
-    judge(tiles.linear(x, packed, b), (x @ weight + b).to(BF16), exact + b)
-    onto = randn(rows, columns, seed=1)
+    judge(tiles.linear(x, packed, b), (x @ weight + b).to(dtype), exact + b)
+    onto = randn(rows, columns, seed=1, dtype=dtype)
     sum_of = onto.double() + exact
     theirs = onto.addmm(x, weight)
     assert tiles.linear(x, packed, onto=onto) is onto
     judge(onto, theirs, sum_of)
 
 
-def test_the_operands_may_be_views():
-    wide, weight = randn(40, 200), randn(64, 96)
+@of_both_dtypes
+def test_the_operands_may_be_views(dtype):
+    wide, weight = randn(40, 200, dtype=dtype), randn(64, 96, dtype=dtype)
     x = wide[:, 3:67]
     expected = tiles.linear(x.contiguous(), tiles.pack(weight))
     assert torch.equal(tiles.linear(x, tiles.pack(weight)), expected)
@@ -96,40 +108,43 @@ def test_the_operands_may_be_views():
     assert torch.equal(lower, tiles.linear(x[:, 32:].contiguous(), tiles.pack(weight[32:])))
 
 
+@of_both_dtypes
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 70])
-def test_linear_and_activation(act, rows):
-    x, weight, b = randn(rows, 96), randn(96, 64) / 10, randn(64, dtype=torch.float32)
-    back, dy = randn(32, 64) / 10, randn(rows, 32)
+def test_linear_and_activation(act, rows, dtype):
+    x, weight = randn(rows, 96, dtype=dtype), randn(96, 64, dtype=dtype) / 10
+    back, dy = randn(32, 64, dtype=dtype) / 10, randn(rows, 32, dtype=dtype)
+    b = randn(64, dtype=torch.float32)
     u = (x.double() @ weight.double() + b).requires_grad_()
     h = _act(u, act)
     (slope,) = torch.autograd.grad(h.sum(), u)
     exact_dz = (dy.double() @ back.double()) * slope
     ours, kept_slope = tiles.linear_activation(x, tiles.pack(weight), b, act, False, True)
-    theirs = _act((x @ weight + b).to(BF16), act)
+    theirs = _act((x @ weight + b).to(dtype), act)
     judge(ours, theirs, h.detach())
     again, levels = tiles.linear_activation(x, tiles.pack(weight), b, act, True, True)
     assert torch.equal(again, ours)
     alone, nothing = tiles.linear_activation(x, tiles.pack(weight), b, act, False, False)
     assert torch.equal(alone, ours) and nothing is None
     _, step = quantisation(act)
-    bf16_dz = ((dy @ back) * slope.to(BF16)).to(BF16)
+    their_dz = ((dy @ back) * slope.to(dtype)).to(dtype)
+    eps = torch.finfo(dtype).eps
     # of 8 bits, half a level at most, on top
     error = 0.51 * step * (dy.double() @ back.double()).abs().max().item()
     for what, given, is_slope in (
         ("slope", kept_slope, True),
         ("levels", levels, True),
-        ("input", (u.detach() - b).to(BF16), False),
+        ("input", (u.detach() - b).to(dtype), False),
     ):
         dz, db = tiles.linear_activation_bwd(dy, tiles.pack(back), given, b, act, is_slope)
         extra = error if what == "levels" else 0
         if act == "relu" and what == "input":  # at zero a rounded input says another thing
             continue
         worst = (dz.double() - exact_dz).abs().max().item()
-        allowed = 2 * (bf16_dz.double() - exact_dz).abs().max().item() + extra
-        assert worst <= allowed + 2**-7 * exact_dz.abs().max().item(), what
+        allowed = 2 * (their_dz.double() - exact_dz).abs().max().item() + extra
+        assert worst <= allowed + 2 * eps * exact_dz.abs().max().item(), what
         # the sum is taken before dz is rounded
-        assert (db.double() - dz.double().sum(0)).abs().max() <= rows * 2**-8 * dz.abs().max()
+        assert (db.double() - dz.double().sum(0)).abs().max() <= rows * eps * dz.abs().max()
 
 
 def _act(u, act):
@@ -152,15 +167,16 @@ LENGTHS = ((5,), (32, 1, 33), (64, 17, 70, 31))
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("one_query", [False, True])
-def test_attention(lengths, size, p, has_bias, one_query):
+@of_both_dtypes
+def test_attention(lengths, size, p, has_bias, one_query, dtype):
     heads, tokens, longest = 3, sum(lengths), max(lengths)
     starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    q, k, v = randn(tokens, 3, heads, size).unbind(1)
+    q, k, v = randn(tokens, 3, heads, size, dtype=dtype).unbind(1)
     starts_q = starts
     if one_query:
-        q = randn(len(lengths), heads, size, seed=1)
+        q = randn(len(lengths), heads, size, seed=1, dtype=dtype)
         starts_q = torch.arange(len(lengths) + 1, dtype=torch.int32)
-    do = randn(*q.shape, seed=2)
+    do = randn(*q.shape, seed=2, dtype=dtype)
     seed = SEED if p else None
     bias = randn(heads, longest, longest, dtype=torch.float32) if has_bias else None
     keep = kept(q.shape[0] * heads, longest, p, SEED) if p else None
@@ -238,9 +254,11 @@ def test_the_end_of_a_layer(rows, p, few_bits):
     assert all(torch.equal(s, sums[i]) for i, s in enumerate(some) if s is not None)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    x, weight, b = randn(300, 96), randn(96, 128) / 10, randn(128, dtype=torch.float32)
-    q, k, v = randn(300, 3, 2, 32).unbind(1)
+@of_both_dtypes
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    x, weight = randn(300, 96, dtype=dtype), randn(96, 128, dtype=dtype) / 10
+    q, k, v = randn(300, 3, 2, 32, dtype=dtype).unbind(1)
+    b = randn(128, dtype=torch.float32)
     starts = torch.tensor([0, 100, 170, 300], dtype=torch.int32)
     found = []
     for threads in (1, 3):
