@@ -150,6 +150,13 @@ class Arena:
         self.gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
+    def clipping(self, max_norm: float) -> Tensor:
+        """Return what gradients divided by are clipped, 1 where they need not be.
+
+        The fused optimisers of PyTorch divide by their `grad_scale` as they read the gradients.
+        """
+        return ((self.gradient_norm() + 1e-6) / max_norm).clamp_(min=1.0)
+
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Average the gradients over the processes, in one message."""
         processes = 1

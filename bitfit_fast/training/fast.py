@@ -146,7 +146,7 @@ class FastStep:
     def _update(self) -> None:
         self.arena.all_reduce()
         if self.plan.grad_clip:
-            self.arena.clip_(self.plan.grad_clip)
+            self.optimizer.grad_scale = self.arena.clipping(self.plan.grad_clip)
         self.optimizer.step()
 
     def _what_fits(self, batch: Batch) -> str:

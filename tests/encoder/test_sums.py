@@ -59,6 +59,25 @@ def test_gradients_are_the_same_with_autograd(build, batch, measure, deferred, t
     assert not sum(added) or max(added) > 1 or terms == "query"
 
 
+@pytest.mark.parametrize("many", [0, 10_000])
+def test_the_bottom_with_and_without_its_product(
+    build, batch, measure, deferred, many, monkeypatch
+):
+    model = build("bert")  # without dropout, so that the embeddings' bias may go by the identity
+    patch_encoder(model, select(model), precision="fp32")
+    inputs = batch(model)
+    deferred(False)
+    expected = measure(model, inputs)
+    monkeypatch.setattr(stack, "_MANY_ROWS", many)
+    by_identity, found = [], stack._Run._embedding_beta
+    monkeypatch.setattr(
+        stack._Run, "_embedding_beta", lambda *args: (by_identity.append(1), found(*args))
+    )
+    deferred(True)
+    assert_close(measure(model, inputs), expected)
+    assert len(by_identity) == (many == 0)
+
+
 @pytest.mark.parametrize("room", [64, 2**20])
 def test_they_are_added_when_there_is_no_more_room(
     build, batch, deferred, memory, room, monkeypatch
