@@ -203,6 +203,9 @@ class ArenaAdamW(torch.optim.AdamW):
         If the groups are not the arena's parameters, each once.
     """
 
+    #: What the next step divides the gradients by, where it is set, as gradient scalers do.
+    grad_scale: Tensor | None
+
     def __init__(
         self,
         arena: Arena,
