@@ -343,25 +343,28 @@ void bitfit_linear_activation_bwd(int type, int act, void* dy, int64_t stride,
     }))
 }
 
-void bitfit_layer_end(int act, void* o, void* x, const Weight* out, const Junction* middle,
+void bitfit_layer_end(int type, int act, void* o, void* x, const Weight* out, const void* middle,
                       const Weight* up, const float* b, const Slopes* slopes, const Weight* down,
-                      const Junction* end, void* y, int64_t rows, int rounds, int threads) {
-    with_activation(act, [&](auto a) {
-        layer_end<decltype(a)>(of<bf16>(o), of<bf16>(x), *out, *middle, *up, b, *slopes, *down,
-                               *end, of<bf16>(y), rows, rounds, threads);
-    });
+                      const void* end, void* y, int64_t rows, int rounds, int threads) {
+    WITH_TYPE(type, X, with_activation(act, [&](auto a) {
+        using At = const Junction<X>*;
+        layer_end<decltype(a), X>(of<X>(o), of<X>(x), *out, *At(middle), *up, b, *slopes, *down,
+                                  *At(end), of<X>(y), rows, rounds, threads);
+    }))
 }
 
-void bitfit_layer_end_bwd(int act, void* dy, const Weight* out, const Junction* middle,
+void bitfit_layer_end_bwd(int type, int act, void* dy, const Weight* out, const void* middle,
                           const Weight* up, const float* b, const Slopes* slopes,
-                          const Weight* down, const Junction* end, void* dout, void* dx,
+                          const Weight* down, const void* end, void* dout, void* dx,
                           float* end_beta, float* end_b, float* up_b, float* middle_beta,
                           float* middle_b, int64_t rows, int rounds, int threads) {
     float* const sums[] = {end_beta, end_b, up_b, middle_beta, middle_b};
-    with_activation(act, [&](auto a) {
-        layer_end_bwd<decltype(a)>(of<bf16>(dy), *out, *middle, *up, b, *slopes, *down, *end,
-                                   of<bf16>(dout), of<bf16>(dx), sums, rows, rounds, threads);
-    });
+    WITH_TYPE(type, X, with_activation(act, [&](auto a) {
+        using At = const Junction<X>*;
+        layer_end_bwd<decltype(a), X>(of<X>(dy), *out, *At(middle), *up, b, *slopes, *down,
+                                      *At(end), of<X>(dout), of<X>(dx), sums, rows, rounds,
+                                      threads);
+    }))
 }
 
 void bitfit_attention_fwd(int type, void* q, int64_t q_stride, void* k, int64_t k_stride, void* v,

@@ -81,8 +81,8 @@ _TILES: dict[str, tuple[Any, ...]] = {
     "linear": (_I, _P, _L, _P, _P, _P, _I, _L, _I),
     "linear_activation": (_I, _I, _P, _L, _P, _P, _P, _P, _L, _I),
     "linear_activation_bwd": (_I, _I, _P, _L, _P, _P, _P, _P, _P, _L, _I),
-    "layer_end": (_I, *[_P] * 10, _L, _I, _I),
-    "layer_end_bwd": (_I, *[_P] * 15, _L, _I, _I),
+    "layer_end": (_I, _I, *[_P] * 10, _L, _I, _I),
+    "layer_end_bwd": (_I, _I, *[_P] * 15, _L, _I, _I),
     "attention_fwd": (_I, *_ATTENTION, _P, *_DROPOUT, _I),
     "attention_bwd": (_I, *_ATTENTION, _P, _P, _L, _P, _P, _L, *_DROPOUT, _I),
 }

@@ -27,6 +27,8 @@ constexpr int64_t PART = SIDE * SIDE;   // numbers of a step
 constexpr int64_t HALF = PART / 2;      // of one tile
 constexpr int64_t PANELS = 768 << 10;   // bytes of a weight that the second-level cache keeps,
 constexpr int64_t ROWS = 768 << 10;     // and of what is multiplied by it
+constexpr int64_t END_ROWS = 1280 << 10;  // and of all that a layer's end holds of some rows
+constexpr int64_t SLICE = 384;
 
 static_assert(BLOCK == SIDE, "sums over tokens are taken in the same blocks");
 
@@ -222,6 +224,11 @@ struct Scratch {
 struct Weight {
     const bf16* data;
     int64_t panel, depth, columns, plane;
+
+    // Some of its rows, from a multiple of 32 on.
+    Weight rows(int64_t first, int64_t count) const {
+        return {data + first * SIDE, panel, count, columns, plane};
+    }
 };
 
 // Calls done(numbers, first row, rows, first column), 32 columns and any number of rows at a time,
@@ -378,10 +385,11 @@ void linear_activation_bwd(const X* dy, int64_t stride, const Weight& weight,
 // ---------------------------------------------------------- all of a layer that is not attention
 
 // Bias, dropout, residual and LayerNorm behind a product, and what is kept of it.
+template <class X>
 struct Junction {
     const float *b, *gamma, *beta;
     double eps;
-    bf16* xhat;
+    X* xhat;
     float* rstd;
     int threshold;
     float scale;
@@ -392,8 +400,9 @@ struct Junction {
 
 // Calls work(first row, rows, scratch) for pieces of some rows that stay in a thread's cache.
 template <class Work>
-void each_chunk(int64_t rows, int64_t width, int64_t bytes_a_row, int threads, Work work) {
-    const int64_t blocks = whole(rows), chunk = blocks_at_once<bf16>(width);
+void each_chunk(int64_t rows, int64_t bytes_a_row, int threads, Work work) {
+    const int64_t blocks = whole(rows), most = END_ROWS / (bytes_a_row * SIDE);
+    const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(8, most));
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < parts; part++) {
@@ -410,95 +419,116 @@ void each_chunk(int64_t rows, int64_t width, int64_t bytes_a_row, int threads, W
     }
 }
 
+// How many columns of the feed-forward block there are at a time: all of them in bf16; those of
+// fp32 would fill the cache with few rows, for which a weight would pass through it again.
+template <class X>
+inline int64_t columns_at_once(int64_t inner) {
+    return PLANES<X> == 1 ? inner : std::min(inner, SLICE);
+}
+
 // y = LN(s + dropout(act(s W_up + b_up) W_down + b)), where s = LN(x + dropout(o W_out + b)): what a
 // post-norm layer does behind attention, whose heads gave `o`, without leaving the cache between.
-template <class Act>
-void layer_end(const bf16* o, const bf16* x, const Weight& out, const Junction& middle,
+template <class Act, class X>
+void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& middle,
                const Weight& up, const float* b, const Slopes& slopes, const Weight& down,
-               const Junction& end, bf16* y, int64_t rows, int rounds, int threads) {
-    const int64_t width = out.columns, inner = up.columns;
-    each_chunk(rows, inner, 2 * (3 * width + inner), threads,
+               const Junction<X>& end, X* y, int64_t rows, int rounds, int threads) {
+    const int64_t width = out.columns, inner = up.columns, slice = columns_at_once<X>(inner);
+    each_chunk(rows, 2 * PLANES<X> * (width + slice) + 2 * sizeof(X) * width, threads,
                [&](int64_t first, int64_t count, Scratch& scratch) {
         const int64_t size = whole(count) * SIDE;
-        bf16 *gathered = scratch.take<bf16>(size * width), *z = scratch.take<bf16>(size * width);
-        bf16 *s = scratch.take<bf16>(size * width), *h = scratch.take<bf16>(size * inner);
+        bf16* gathered = scratch.take<bf16>(PLANES<X> * size * width);
+        bf16* h = scratch.take<bf16>(PLANES<X> * size * slice);
+        X *z = scratch.take<X>(size * width), *s = scratch.take<X>(size * width);
+        const Operand of_width{gathered, size * width}, of_slice{h, size * slice};
+        bool onto = false;
         const auto keep_rows = [&](auto... part) {
             each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
+                if (onto) v += widen(z + i * width + j);
                 narrow(z + i * width + j, v);
             });
         };
         // rows are numbered as in the whole batch, by which dropout goes
         const int64_t before = first * width;
-        gather_rows(o + before, width, count, width, gathered, 0);
-        multiply_rows<bf16>({gathered, 0}, count, out, 0, width / SIDE, keep_rows);
-        LayerNorm<bf16, bf16, bf16>{z - before, width, middle.b, x, width, middle.gamma,
-                                    middle.beta, s - before, nullptr, middle.xhat, nullptr,
-                                    middle.rstd, width, middle.eps, middle.drop(rounds)}(
-            first, first + count);
-        gather_rows(s, width, count, width, gathered, 0);
-        multiply_rows<bf16>({gathered, 0}, count, up, 0, inner / SIDE, [&](auto... part) {
-            each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
-                Floats value, derivative;
-                if (b) v += widen(b + j);
-                Act::both(v, &value, &derivative);
-                narrow(h + gathered_at(i, j, inner), value);
-                if (slopes.data) slopes.keep<bf16>((first + i) * inner + j, derivative);
+        gather_rows(o + before, width, count, width, gathered, of_width.plane);
+        multiply_rows<X>(of_width, count, out, 0, width / SIDE, keep_rows);
+        LayerNorm<X, X, X>{z - before, width, middle.b, x, width, middle.gamma, middle.beta,
+                           s - before, nullptr, middle.xhat, nullptr, middle.rstd, width,
+                           middle.eps, middle.drop(rounds)}(first, first + count);
+        gather_rows(s, width, count, width, gathered, of_width.plane);
+        for (int64_t left = 0; left < inner; left += slice) {
+            const int64_t some = std::min(slice, inner - left);
+            multiply_rows<X>(of_width, count, up, left / SIDE, (left + some) / SIDE,
+                             [&](auto... part) {
+                each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
+                    Floats value, derivative;
+                    if (b) v += widen(b + j);
+                    Act::both(v, &value, &derivative);
+                    split<X>(h + gathered_at(i, j - left, some), of_slice.plane, value);
+                    if (slopes.data) slopes.keep<X>((first + i) * inner + j, derivative);
+                });
             });
-        });
-        // behind the last row stands what stood there before; it is multiplied, and left out
-        multiply_rows<bf16>({h, 0}, count, down, 0, width / SIDE, keep_rows);
-        LayerNorm<bf16, bf16, bf16>{z - before, width, end.b, s - before, width, end.gamma,
-                                    end.beta, y, nullptr, end.xhat, nullptr, end.rstd, width,
-                                    end.eps, end.drop(rounds)}(first, first + count);
+            // behind the last row stands what stood there before; it is multiplied, and left out
+            multiply_rows<X>(of_slice, count, down.rows(left, some), 0, width / SIDE, keep_rows);
+            onto = true;
+        }
+        LayerNorm<X, X, X>{z - before, width, end.b, s - before, width, end.gamma, end.beta, y,
+                           nullptr, end.xhat, nullptr, end.rstd, width, end.eps,
+                           end.drop(rounds)}(first, first + count);
     });
 }
 
 // The gradients of o and x, by weights packed for the backward pass, and those of the biases: of
 // the end's beta and b, of b_up, and of the middle's beta and b.
-template <class Act>
-void layer_end_bwd(const bf16* dy, const Weight& out, const Junction& middle, const Weight& up,
-                   const float* b, const Slopes& slopes, const Weight& down, const Junction& end,
-                   bf16* dout, bf16* dx, float* const* sums_out, int64_t rows, int rounds,
-                   int threads) {
-    const int64_t width = out.columns, inner = down.columns;
+template <class Act, class X>
+void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, const Weight& up,
+                   const float* b, const Slopes& slopes, const Weight& down,
+                   const Junction<X>& end, X* dout, X* dx, float* const* sums_out, int64_t rows,
+                   int rounds, int threads) {
+    const int64_t width = out.columns, inner = down.columns, slice = columns_at_once<X>(inner);
     Sums end_beta(sums_out[0], rows, width), end_b(sums_out[1], rows, width);
     Sums up_b(sums_out[2], rows, inner);
     Sums middle_beta(sums_out[3], rows, width), middle_b(sums_out[4], rows, width);
-    each_chunk(rows, inner, 2 * (4 * width + inner), threads,
+    each_chunk(rows, 2 * PLANES<X> * (width + slice) + 2 * sizeof(X) * width, threads,
                [&](int64_t first, int64_t count, Scratch& scratch) {
         const int64_t size = whole(count) * SIDE, before = first * width;
-        bf16 *gathered = scratch.take<bf16>(size * width), *ds = scratch.take<bf16>(size * width);
-        bf16 *dz = scratch.take<bf16>(size * width), *du = scratch.take<bf16>(size * inner);
-        const auto norm = [&](const bf16* from, const Junction& at, bf16* to, Sums& beta,
+        bf16* gathered = scratch.take<bf16>(PLANES<X> * size * width);
+        bf16* du = scratch.take<bf16>(PLANES<X> * size * slice);
+        X *ds = scratch.take<X>(size * width), *dz = scratch.take<X>(size * width);
+        const Operand of_width{gathered, size * width}, of_slice{du, size * slice};
+        const auto norm = [&](const X* from, const Junction<X>& at, X* to, Sums& beta,
                               Sums& bias) {
             const Dropout like = at.drop(rounds);
-            LayerNormBwd<bf16, bf16, bf16> bwd{from, width, at.xhat, width, nullptr, at.rstd,
-                                               at.gamma, nullptr, 0, to,
-                                               like.threshold ? dz - before : nullptr, width,
-                                               like};
+            LayerNormBwd<X, X, X> bwd{from, width, at.xhat, width, nullptr, at.rstd, at.gamma,
+                                      nullptr, 0, to, like.threshold ? dz - before : nullptr,
+                                      width, like};
             for (int64_t i = first; i < first + count; i += SIDE)
                 bwd(i, std::min(first + count, i + SIDE), beta.block(i / SIDE),
                     bias.block(i / SIDE), nullptr);
-            gather_rows(like.threshold ? dz : to + before, width, count, width, gathered, 0);
+            gather_rows(like.threshold ? dz : to + before, width, count, width, gathered,
+                        of_width.plane);
         };
         norm(dy, end, ds - before, end_beta, end_b);
-        multiply_rows<bf16>({gathered, 0}, count, down, 0, inner / SIDE,
-                      [&](const float* part, int64_t row, int64_t some, int64_t column) {
-            float* sum = up_b.block((first + row) / SIDE);
-            each_vector(part, row, some, column, [&](Floats v, int64_t i, int64_t j) {
-                v *= slopes.get<Act, bf16>((first + i) * inner + j, b ? b + j : nullptr);
-                narrow(du + gathered_at(i, j, inner), v);
-                if (sum) add(sum, j, v);
+        for (int64_t left = 0; left < inner; left += slice) {
+            const int64_t columns = std::min(slice, inner - left);
+            multiply_rows<X>(of_width, count, down, left / SIDE, (left + columns) / SIDE,
+                             [&](const float* part, int64_t row, int64_t some, int64_t column) {
+                float* sum = up_b.block((first + row) / SIDE);
+                each_vector(part, row, some, column, [&](Floats v, int64_t i, int64_t j) {
+                    v *= slopes.get<Act, X>((first + i) * inner + j, b ? b + j : nullptr);
+                    split<X>(du + gathered_at(i, j - left, columns), of_slice.plane, v);
+                    if (sum) add(sum, j, v);
+                });
             });
-        });
-        multiply_rows<bf16>({du, 0}, count, up, 0, width / SIDE, [&](auto... part) {
-            each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
-                bf16* to = ds + i * width + j;
-                narrow(to, v + widen(to));
+            multiply_rows<X>(of_slice, count, up.rows(left, columns), 0, width / SIDE,
+                             [&](auto... part) {
+                each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
+                    X* to = ds + i * width + j;
+                    narrow(to, v + widen(to));
+                });
             });
-        });
+        }
         norm(ds - before, middle, dx, middle_beta, middle_b);
-        multiply_rows<bf16>({gathered, 0}, count, out, 0, width / SIDE, [&](auto... part) {
+        multiply_rows<X>(of_width, count, out, 0, width / SIDE, [&](auto... part) {
             each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
                 narrow(dout + (first + i) * width + j, v);
             });

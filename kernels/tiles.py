@@ -241,7 +241,7 @@ def layer_end(
     Parameters
     ----------
     o, x : Tensor
-        `[M, d]` bf16 contiguous: what the heads of attention gave, and the layer's input.
+        `[M, d]` contiguous, bf16 or fp32: what the heads of attention gave, and the layer's input.
     weights : tuple of Packed
         Of the projection behind attention, and of the feed-forward block.
     norms : tuple of Norm
@@ -316,6 +316,7 @@ def _layer_end(
     middle, slopes, end = map(ctypes.addressof, structs)
     native._call(
         f"layer_end{which}",
+        _type(inputs[0]),
         native.ACTS[act],
         *map(native._pointer, inputs),
         *(out, middle, up, native._pointer(b), slopes, down, end),

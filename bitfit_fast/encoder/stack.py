@@ -443,7 +443,7 @@ class _Run:
 
         It keeps, and takes, what the steps one by one do.
         """
-        if self.stack.pre_norm or self._recomputes or rows.dtype != torch.bfloat16:
+        if self.stack.pre_norm or self._recomputes:
             return None
         products = layer.out, layer.up, layer.down
         weights = tuple(product.packed(rows, which) for product in products)

@@ -48,7 +48,7 @@ def test_loss_and_gradients(
     rule = RULES["bf16" if memory == "low" else precision]  # of 8 bits
     as_exact(found, getattr(each, precision), each.exact, **rule)
     assert {"linear", "attention_fwd", "attention_bwd"} <= set(tiles)
-    ends = precision == "bf16" and family != "vit" and memory in ("fast", "low")
+    ends = family != "vit" and memory in ("fast", "low")
     assert tiles.count("layer_end") == 3 * ends
     # where the backward pass ends in a layer, it goes step by step
     assert tiles.count("layer_end_bwd") == 3 * ends

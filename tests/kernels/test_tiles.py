@@ -211,11 +211,14 @@ def norm(width, p, seed):
 @pytest.mark.parametrize("rows", [1, 70, 300])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("few_bits", [False, True])
-def test_the_end_of_a_layer(rows, p, few_bits):
-    width, inner, act = 64, 96, "gelu"
-    weights = [randn(*shape) / 10 for shape in ((width, width), (width, inner), (inner, width))]
+@pytest.mark.parametrize("inner", [96, 800])
+@of_both_dtypes
+def test_the_end_of_a_layer(rows, p, few_bits, inner, dtype):
+    width, act = 64, "gelu"
+    shapes = (width, width), (width, inner), (inner, width)
+    weights = [randn(*shape, dtype=dtype) / 10 for shape in shapes]
     norms, b = (norm(width, p, 10), norm(width, p, 20)), randn(inner, dtype=torch.float32)
-    o, x, dy = (randn(rows, width, seed=i) for i in range(3))
+    o, x, dy = (randn(rows, width, seed=i, dtype=dtype) for i in range(3))
 
     def run(dtype):
         """Return outputs and gradients of PyTorch in a dtype."""
@@ -235,19 +238,20 @@ def test_the_end_of_a_layer(rows, p, few_bits):
         y.backward(dy.to(dtype))
         return [y.detach(), *(t.grad for t in (*tensors, *vectors))]
 
-    exact, theirs = run(torch.float64), run(BF16)
+    exact, theirs = run(torch.float64), run(dtype)
+    floor = 2**-8 if few_bits else torch.finfo(dtype).eps
     packed = tuple(map(tiles.pack, weights))
     back = tuple(tiles.pack(w.t()) for w in weights)
     y, *kept_ = tiles.layer_end(o, x, packed, norms, b, act, few_bits, True)
     (alone,) = tiles.layer_end(o, x, packed, norms, b, act, few_bits, False)
     assert torch.equal(alone, y)
     do, dx, sums = tiles.layer_end_bwd(dy, back, norms, b, act, kept_, [True] * 5)
-    for label, ours, bf16, true in zip(
+    for label, ours, their, true in zip(
         ("y", "do", "dx", "end beta", "end b", "up b", "middle beta", "middle b"),
         (y, do, dx, *sums), theirs, exact,
     ):  # fmt: skip
         error, size = (ours.double() - true).norm().item(), true.norm().item()
-        allowed = 2 * (bf16.double() - true).norm().item() + 2**-8 * size
+        allowed = 2 * (their.double() - true).norm().item() + floor * size
         assert error <= allowed, (label, error / size, allowed / size)
     _, _, some = tiles.layer_end_bwd(dy, back, norms, b, act, kept_, [True, False] * 2 + [True])
     assert [s is None for s in some] == [False, True, False, True, False]
