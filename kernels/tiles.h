@@ -2,8 +2,10 @@
 // at a time, 32 products each a step, in bf16 with sums in fp32.
 //
 // An fp32 number is the sum of three in bf16, of 8 bits each, exactly: what rounding leaves is
-// rounded again, twice. Of the nine products of two such numbers the three of the smallest parts
-// are below fp32's rounding, and left out; that is still faster than the vector units.
+// rounded again, twice. (Below 1e-33 the smallest parts would be denormal, which these units take
+// for zero; above 3.38e38, infinity included, the sum is not a number.) Of the nine products of
+// two such numbers the three of the smallest parts are below fp32's rounding, and left out; that
+// is still faster than the vector units.
 //
 // A weight never changes, so it is packed once, for the forward and for the backward pass: panels
 // of 32 columns, in each the steps one after the other, 2 KB that are loaded as they are. What

@@ -30,6 +30,7 @@ __all__ = [
     "linear_activation",
     "linear_activation_bwd",
     "pack",
+    "packed_bytes",
 ]
 
 _P, _L, _I, _F, _D = native.C_TYPES
@@ -100,10 +101,15 @@ class Packed:
         return Packed(data, self.panel, self.depth, self.columns, self.plane)
 
 
+def packed_bytes(operand: Tensor) -> int:
+    """Return how much memory an operand takes once it is packed."""
+    return (6 if operand.dtype == torch.float32 else 2) * operand.numel()
+
+
 def pack(operand: Tensor) -> Packed:
     """Pack a right operand `[K, N]`, bf16 or fp32, any strides; K and N are multiples of 32."""
-    (depth, columns), planes = operand.shape, 3 if operand.dtype == torch.float32 else 1
-    data = operand.new_empty(planes * depth * columns, dtype=torch.bfloat16)
+    depth, columns = operand.shape
+    data = operand.new_empty(packed_bytes(operand) // 2, dtype=torch.bfloat16)
     native._call("pack", _type(operand), operand.data_ptr(), *operand.stride(), depth, columns,
                  data.data_ptr())  # fmt: skip
     return Packed(data, depth * SIDE, depth, columns, depth * columns)

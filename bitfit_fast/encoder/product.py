@@ -41,7 +41,7 @@ def _prefers_onednn() -> bool:
 
 def _takes_tiles(rows: Tensor, weight: Tensor) -> bool:
     """Return whether the CPU's matrix units multiply rows of this kind by the weight."""
-    if not uses_native(rows):
+    if uses_triton(rows) or not uses_native(rows):
         return False
     return native.has_tiles() and not any(size % tiles.SIDE for size in weight.shape)
 
@@ -72,6 +72,11 @@ class Product:
         if which not in self._packed:
             self._packed[which] = tiles.pack(self.weight.t() if which == "forward" else self.weight)
         return self._packed[which]
+
+    @property
+    def bytes_packed(self) -> int:
+        """How much the weight takes once it is packed for both passes, at the first of each."""
+        return 2 * tiles.packed_bytes(self.weight) if _takes_tiles(self.weight, self.weight) else 0
 
     def __call__(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """Return `x W^T + b`, `[M, N]` of `[M, K]`."""

@@ -227,6 +227,13 @@ class Stack:
             kept += inner * (number if memory == "fast" else 1)
         return tokens * kept * len(self.layers)
 
+    def bytes_packed(self) -> int:
+        """Return how much the weights take that the first step packs, in bytes."""
+        products = (
+            p for layer in self.layers for p in (layer.qkv, layer.out, layer.up, layer.down)
+        )
+        return sum(product.bytes_packed for product in products)
+
 
 class _Encoder(torch.autograd.Function):
     @staticmethod

@@ -116,6 +116,11 @@ class DiffPruning(Sparse):
             self.let_go_of_gates()
             self.reattach(model, set(), tensors)
 
+    def put(self, hosts: Mapping[str, Any], indices: Mapping[str, Tensor]) -> None:
+        """Begin the second phase."""
+        super().put(hosts, indices)
+        self.rate = self.options.get("sparse_rate", self.rate)  # files of before have none
+
     def term(self, name: str) -> str | None:
         """Tell gates from differences."""
         return "gates" if name.endswith(".pruning_gates") else super().term(name)
@@ -170,7 +175,7 @@ class DiffPruning(Sparse):
             del module.pruning_difference, module.pruning_gates
         if self.gated:
             self.gated, self._handles = {}, []
-        self.settled, self.rate = True, self.options["sparse_rate"]
+        self.settled = True
 
     def remove(self, model: nn.Module) -> None:
         """Let go, in either phase."""

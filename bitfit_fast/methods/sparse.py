@@ -19,16 +19,17 @@ from torch.autograd.function import once_differentiable
 
 from ..additions import Addition
 from ..errors import BitFitError
+from ..kernels import native
 from .places import is_transposed, matrices
 
 __all__ = ["Entries", "Sparse"]
 
-#: How many multiplications of a matrix product take as long as one for a single entry, by dtype.
-#: In fp32, on one core with AVX-512, it is 65 to 195 for 384x384 to 3072x768 and 300 to 2,000
-#: tokens: single entries of 0.12 % of a weight, as many as BitFit's, take a fifth to a twelfth of
-#: the time of the whole product. Matrix units multiply 16-bit numbers so fast that it is about
-#: 1,900 (Intel AMX, 384x384 to 1536x384, 850 tokens), and whole products are the quicker way.
-GATHER = {torch.float32: 100, torch.float64: 100, torch.float16: 1900, torch.bfloat16: 1900}
+#: How many multiplications of a matrix product take as long as one for a single entry. By vector
+#: units, on one core with AVX-512 in fp32, it is 65 to 195 for 384x384 to 3072x768 and 300 to
+#: 2,000 tokens: single entries of 0.12 % of a weight, as many as BitFit's, take a fifth to a
+#: twelfth of the time of the whole product. Matrix units multiply 16-bit numbers so fast that it
+#: is about 1,900 (Intel AMX, 384x384 to 1536x384, 850 tokens), and whole products are quicker.
+GATHER, GATHER_OF_MATRIX_UNITS = 100, 1900
 #: Numbers in a temporary of the single entries' sums, which a cache holds.
 _CHUNK = 1 << 17
 
@@ -67,30 +68,30 @@ class Entries:
         self.shape = shape
         self.row = indices.long() // shape[1]
         self.column = indices.long() % shape[1]
-        self._plans: dict[torch.dtype, _Plan] = {}
+        self._plans: dict[int, _Plan] = {}
 
-    def plan(self, dtype: torch.dtype) -> _Plan:
-        """Return the least work for gradients of that dtype."""
-        if dtype in self._plans:
-            return self._plans[dtype]
-        (rows, columns), gather = self.shape, GATHER[dtype]
+    def plan(self, gather: int = GATHER) -> _Plan:
+        """Return the least work where a single entry takes as long as so many multiplications."""
+        if gather in self._plans:
+            return self._plans[gather]
+        rows, columns = self.shape
         whole = _crowded(self.row, rows, columns, gather)
         rest = ~whole[self.row]
         wide = _crowded(self.column[rest], columns, rows, gather)
         single = rest & ~wide[self.column]
         work = int(whole.sum()) * columns + int(wide.sum()) * rows + int(single.sum()) * gather
-        self._plans[dtype] = _Plan(
+        self._plans[gather] = _Plan(
             # lines are copied before they are multiplied, which takes about as long again
             2 * work >= rows * columns,
             *_group(~rest, whole, self.row),
             *_group(rest & ~single, wide, self.column),
             single.nonzero().squeeze(1),
         )
-        return self._plans[dtype]
+        return self._plans[gather]
 
     def gradient(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the entries of `a^T b`, `[k]`; single entries are summed in fp32 or wider."""
-        plan = self.plan(a.dtype)
+        plan = self.plan(_gather(a))
         if plan.dense:
             return (a.t() @ b)[self.row, self.column]
         wide = torch.promote_types(a.dtype, torch.float32)
@@ -110,6 +111,12 @@ class Entries:
                 total += product.sum(0, dtype=wide)
             found[plan.single] = total
         return found
+
+
+def _gather(a: Tensor) -> int:
+    """Return what a single entry of a product of such operands costs."""
+    by_matrix_units = a.itemsize == 2 and (a.is_cuda or native.has_tiles())
+    return GATHER_OF_MATRIX_UNITS if by_matrix_units else GATHER
 
 
 def _crowded(place: Tensor, count: int, size: int, gather: int) -> Tensor:

@@ -78,6 +78,8 @@ class FastStep:
         self.steps = 0
         #: Bytes that a step may take.
         self.room = _free_memory(self.device)
+        if self.room is not None and self.encoder is not None:
+            self.room -= self.encoder.stack.bytes_packed()
         #: The steps on packings of a fixed size, if there are any.
         self.fixed: FixedSteps | None = None
         if captures and self.encoder is not None:

@@ -88,9 +88,8 @@ class ReferenceStep:
         for path, value in state.items():
             key, _, name = path.partition("/")
             parameter = self.trained[name]
-            # AdamW keeps its step counts on the CPU
-            place = value if key == "step" else value.to(parameter.device)
-            self.optimizer.state[parameter][key] = place.clone()
+            # the fused AdamW keeps its step counts where the parameters are, too
+            self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def close(self) -> None:
         """Leave the model as it is."""

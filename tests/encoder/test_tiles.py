@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitfit_fast import patch_encoder, select, unpatch
+from bitfit_fast.encoder import encoder_of
 from bitfit_fast.kernels import native
 from bitfit_fast.models.families import biases
 
@@ -99,6 +100,32 @@ def test_the_whole_end_of_a_layer_is_its_steps(
     for name, value in first.items():
         error = (value - second[name]).norm() / second[name].norm()
         assert error < 2**-5, (name, error)
+
+
+@of_both_precisions
+def test_what_packed_weights_take_is_known_before(precision, backend, build, batch, measure):
+    model = build("bert", **WIDE)
+    select(model)
+    patch_encoder(model, precision=precision)
+    layers = encoder_of(model).stack.layers
+    expected = encoder_of(model).stack.bytes_packed()
+    measure(model, batch(model))
+    packed = [p for at in layers for w in (at.qkv, at.out, at.up, at.down)
+              for p in w._packed.values()]  # fmt: skip
+    # the bottom layer's gradient goes no further than its queries
+    taken = sum(p.data.untyped_storage().nbytes() for p in packed)
+    assert 0.8 * expected <= taken <= expected
+
+
+def test_triton_comes_first(backend, build, batch, measure, monkeypatch):
+    model = build("bert", **WIDE)
+    select(model)
+    patch_encoder(model, precision="fp32")
+    product = encoder_of(model).stack.layers[0].up
+    rows = torch.zeros(3, 64)
+    assert product.packed(rows, "forward") is not None
+    monkeypatch.setattr("bitfit_fast.encoder.product.uses_triton", lambda *tensors: True)
+    assert product.packed(rows, "forward") is None
 
 
 @of_both_precisions

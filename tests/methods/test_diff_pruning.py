@@ -87,10 +87,11 @@ def test_pruning_keeps_the_largest_and_reaches_the_target(build, share):
         name: gated(m.pruning_difference, m.pruning_gates, False).detach()
         for name, m in extra.gated.items()
     }
-    assert not extra.advance(model, 4, 10)
+    assert not extra.advance(model, 4, 10) and extra.rate == 1
     assert extra.advance(model, 5, 10)
     assert not extra.advance(model, 6, 10)
     assert extra.settled and extra.penalty(model) is None
+    assert extra.rate == extra.options["sparse_rate"] == 10
     count = round(share * base)
     kept = {n: t for n, t in own_state(model).items() if n.endswith("sparse_values")}
     assert sum(map(len, kept.values())) == count

@@ -46,7 +46,7 @@ KINDS = {
 @pytest.mark.parametrize("tokens", [0, 1, 37, 5000])
 def test_chosen_entries_of_a_product(kind, tokens):
     entries = Entries(KINDS[kind].int(), SHAPE)
-    plan = entries.plan(torch.float64)
+    plan = entries.plan()
     used = {
         "rows": len(plan.rows) > 0,
         "columns": len(plan.columns) > 0,

@@ -92,19 +92,27 @@ def test_clipping_bounds_the_norm_and_zero_switches_it_off(model):
         assert (norm <= 1.001e-3) == bool(clip)
 
 
-def test_a_restored_step_continues_bit_by_bit(model):
-    straight, broken = model, copy.deepcopy(model)
-    one, two = ReferenceStep(straight, plan()), ReferenceStep(broken, plan())
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+def test_a_restored_step_continues_bit_by_bit(model, device):
+    the_plan = plan(device=torch.device(device))
+    straight, broken = model.to(device), copy.deepcopy(model).to(device)
+    one, two = ReferenceStep(straight, the_plan), ReferenceStep(broken, the_plan)
     for t in range(3):
         one(batch(t))
         two(batch(t))
-    resumed = ReferenceStep(broken, plan())
-    resumed.restore({k: v.clone() for k, v in two.state().items()}, two.steps)
+    resumed = ReferenceStep(broken, the_plan)
+    # as read from a file
+    resumed.restore({k: v.cpu().clone() for k, v in two.state().items()}, two.steps)
     for t in range(3, 6):
         one(batch(t))
         resumed(batch(t))
     for p, q in zip(straight.parameters(), broken.parameters()):
-        assert torch.equal(p, q)
+        assert torch.equal(p, q) if device == "cpu" else torch.allclose(p, q, rtol=1e-5)
 
 
 def test_a_missing_or_surplus_gradient_is_named(model):
