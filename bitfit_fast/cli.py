@@ -26,7 +26,7 @@ from .models.loading import DEFAULT_MODEL, describe_model, load_model, load_toke
 from .parity import compare
 from .plots import change_heatmap, check_picture
 from .selection import select
-from .study import collect, read_study, run_study, study_of_options, write_report
+from .study import collect, read_study, report_folder, run_study, study_of_options, write_report
 from .study.runner import open_folder
 from .training.loop import train as run_training
 from .training.run_folder import RunFolder
@@ -669,9 +669,10 @@ def study(
         except KeyboardInterrupt:
             stopped = True
             _say("stopped; the same command goes on", errors)
-    collected = collect(plan, output)
-    for path in write_report(collected, output, command):
-        _say(f"wrote {path}")
+    with report_folder(output):
+        collected = collect(plan, output)
+        for path in write_report(collected, output, command):
+            _say(f"wrote {path}")
     for trouble in collected.troubles:
         if trouble.state == "failed":
             _say(f"{trouble.run.name} failed: {trouble.error}", errors)

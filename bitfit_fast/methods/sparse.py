@@ -178,7 +178,8 @@ def _mark(module: Any) -> tuple[Any, ...]:
 
 
 def _before(module: Any, arguments: tuple[Any, ...]) -> None:
-    if getattr(module, "sparse_written", None) != _mark(module):
+    # a fused optimiser of PyTorch changes values without a trace of it
+    if module.training or getattr(module, "sparse_written", None) != _mark(module):
         _write(module, module.sparse_values)
         module.sparse_written = _mark(module)
 

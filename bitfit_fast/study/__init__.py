@@ -2,7 +2,7 @@
 
 from .analysis import collect
 from .grid import Study, read_study, study_of_options
-from .report import write_report
+from .report import report_folder, write_report
 from .runner import run_study
 from .sweeps import Plan, expand
 
@@ -12,6 +12,7 @@ __all__ = [
     "collect",
     "expand",
     "read_study",
+    "report_folder",
     "run_study",
     "study_of_options",
     "write_report",

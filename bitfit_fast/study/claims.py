@@ -7,13 +7,18 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..files import to_json, write_text
 
-__all__ = ["Claims"]
+__all__ = ["SIGN", "Claims"]
+
+#: Seconds between signs of life, and after how many without one the process of another machine,
+#: of which nothing else is known, has ended.
+SIGN, _SILENCE = 30, 600
 
 
 def _start_of(pid: int) -> str | None:
@@ -42,7 +47,8 @@ class Claims:
 
     A claim is made by linking a finished file to its name, which fails where there is one, so
     a claim is whole from the moment that others can see it. It names process, machine and start;
-    one of a process of this machine that has ended is taken over.
+    one of a process of this machine that has ended is taken over, and so is one of another
+    machine whose file nobody has touched for ten minutes.
 
     Parameters
     ----------
@@ -54,6 +60,7 @@ class Claims:
         self.folder = folder
         pid = os.getpid()
         self.own = {"pid": pid, "host": socket.gethostname(), "started": _start_of(pid)}
+        self._signed = 0.0
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -76,6 +83,15 @@ class Claims:
         """Give up a claim of this process."""
         if self.holder(name) == self.own:
             self._path(name).unlink(missing_ok=True)
+
+    def keep_up(self, names: Iterable[str]) -> None:
+        """Show other machines that the processes of these claims are still there."""
+        if time.monotonic() - self._signed < SIGN:
+            return
+        self._signed = time.monotonic()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._path(name))
 
     def holder(self, name: str) -> dict[str, Any] | None:
         """Return who holds `name`, dead or alive; None for nobody."""
@@ -104,9 +120,13 @@ class Claims:
 
     def _stale(self, name: str) -> bool:
         holder = self.holder(name)
-        # of another machine's processes nothing is known
-        if not holder or holder.get("host") != self.own["host"]:
+        if not holder:
             return False
+        if holder.get("host") != self.own["host"]:
+            try:
+                return time.time() - self._path(name).stat().st_mtime > _SILENCE
+            except FileNotFoundError:
+                return False
         return _start_of(holder["pid"]) != holder["started"]
 
     @contextlib.contextmanager

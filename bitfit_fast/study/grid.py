@@ -308,7 +308,7 @@ def _budgets(item: _Item) -> tuple[Budget, ...]:
             if not 0 < number < 1e9:
                 raise value.fail(f"a time budget is above 0, not {number:g}")
             budgets.append(Budget(key.replace("shares", "share"), number))
-    return tuple(budgets)
+    return tuple(dict.fromkeys(budgets))
 
 
 def _search(item: _Item) -> Search:
@@ -381,6 +381,8 @@ def _method(item: _Item, tasks: Collection[str]) -> MethodEntry:
         terms = _parsed(entries["terms"], parse_terms)
     if "layers" in entries:
         layers = _parsed(entries["layers"], parse_layers)
+    if METHODS[method].kind is not None and (chosen := entries.get("terms", entries.get("layers"))):
+        raise chosen.fail(f"terms and layers choose biases; method '{method}' does not take them")
     options = {}
     for name in known:
         if name in entries:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.filesize import decimal
 
 from ..data.glue import GLUE
 from ..files import write_text
-from ..training.measure import commit
 from .analysis import Collected, Result, Spread, average, costs, metric_name, spread
 from .blocks import Block, Heading, Picture, Table, Text, Value, html_page, markdown_page
 from .figures import draw_all, names_of
@@ -18,7 +18,7 @@ from .published import PUBLISHED, published
 from .sweeps import FINAL, Cell
 from .worker import FAILED
 
-__all__ = ["report_blocks", "write_report"]
+__all__ = ["report_blocks", "report_folder", "write_report"]
 
 _MISSING = Value("-")
 _FIGURES = "figures"
@@ -117,7 +117,7 @@ class _Section:
             for paper in papers:
                 row.append(Value(" / ".join(f"{v:.1f}" for v in known[label].get(paper, ()))))
             rows.append(tuple(row))
-        seeds = sorted({len(c.runs) for c in self.cells})
+        seeds = sorted({len(found) for c in self.cells if (found := self.collected.of(c))}) or [1]
         many = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds"
         caption = (
             f"Mean ± standard deviation over {many}, in percent; the best of a column is bold. "
@@ -205,11 +205,12 @@ class _Section:
             cells = [c for c in self.cells if c.task.label == task]
             timed = bool(self.grid.budgets)
             columns = list(dict.fromkeys(c.budget if timed else c.examples for c in cells))
+            # two sizes may come to as many examples, whose runs are the same
+            at_column = {(c.method.label, c.budget if timed else c.examples): c for c in cells}
             found = {
                 m.label: [
-                    spread([r.score for r in self.collected.of(c)])
-                    for c in cells
-                    if c.method.label == m.label
+                    spread([r.score for r in self.collected.of(at_column[m.label, column])])
+                    for column in columns
                 ]
                 for m in self.methods
             }
@@ -303,10 +304,15 @@ def _summary(collected: Collected, command: str) -> list[Block]:
     if plan.study.description:
         blocks.append(Text(plan.study.description))
     blocks.append(Text(line))
+    chosen = "no step, and no learning rate, is chosen by it."
+    if not all(run.rates for run in plan.runs.values() if run.purpose == FINAL):
+        chosen = (
+            "no step is chosen by it. Where there is one learning rate, the study's file gives it."
+        )
     blocks.append(
         Text(
             "Every number is that of the last step's model on the validation set, which a run "
-            "evaluates once, at its end: no step, and no learning rate, is chosen by it."
+            f"evaluates once, at its end: {chosen}"
         )
     )
     if results:
@@ -314,11 +320,12 @@ def _summary(collected: Collected, command: str) -> list[Block]:
         devices = sorted({r.device for r in results})
         precisions = sorted({r.run.settings.precision for r in results})
         versions = ", ".join(f"{k} {v}" for k, v in some.versions.items())
-        at = commit()
+        commits = sorted({r.commit for r in results if r.commit})
+        made = ", ".join([versions, *(f"commit {at}" for at in commits)])
         blocks.append(
             Text(
                 f"Made by: {command}. Device: {'; '.join(devices)}. Precision: "
-                f"{', '.join(precisions)}. {versions}{f', commit {at}' if at else ''}."
+                f"{', '.join(precisions)}. {made}."
             )
         )
     return blocks
@@ -399,6 +406,16 @@ def report_blocks(
     blocks += _warnings(collected)
     blocks += [Heading("Published averages"), _published_table()]
     return blocks
+
+
+@contextlib.contextmanager
+def report_folder(output: Path) -> Iterator[None]:
+    """Keep other processes of this machine from writing the report of a study meanwhile."""
+    import fcntl  # not on Windows, where nothing here is known to work
+
+    with (output / ".report.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process, however it ends
+        yield
 
 
 def write_report(collected: Collected, output: Path, command: str) -> tuple[Path, Path]:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import BitFitError, listed
 from ..files import write_json
-from .claims import Claims
+from .claims import SIGN, Claims
 from .grid import Study
 from .sweeps import FINAL, Plan, Run, check_methods, expand, measure, settle
 from .worker import DONE, FAILED, OPEN, fail, state, summary_of, work
@@ -86,6 +86,12 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
     lengths = measure(study)
     plan = expand(study, lengths)
     check_methods(study)
+    there = {path.name for path in (output / "runs").glob("*")}
+    if there and not there & set(plan.runs):
+        raise BitFitError(
+            f"{output} has {len(there)} runs of another study, and none of this one's; "
+            "choose another folder"
+        )
     write_json(marker, {"study": study.name, "training_examples": {**known, **lengths}})
     return plan
 
@@ -160,10 +166,11 @@ class _Runner:
             if not self.active:
                 time.sleep(_LOOK)
                 continue
+            self.claims.keep_up(active.run.name for active in self.active)
             doing = ", ".join(active.run.name.rpartition("-")[0] for active in self.active)
             self.bar.update(self.task, description=doing)
             # while a place is free, what others have done may let a run of ours begin
-            patience = _LOOK if waiting else None
+            patience = _LOOK if waiting else SIGN
             multiprocessing.connection.wait([a.process.sentinel for a in self.active], patience)
             for active in [a for a in self.active if not a.process.is_alive()]:
                 self._finish(active)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..data.load import load_task
 from ..data.task import TaskData
-from ..errors import BitFitError
+from ..errors import BitFitError, listed
 from ..methods import prepare
 from ..models.loading import describe_model
 from ..training.loop import subset
@@ -249,10 +249,19 @@ def measure(study: Study) -> dict[str, int]:
     BitFitError
         If a task cannot be had or has no labels.
     """
-    lengths = {}
+    lengths: dict[str, int] = {}
+    sources: dict[str, TaskSource] = {}
     for grid in study.grids:
         for task in grid.tasks:
             source = _source(task, grid)
+            if (other := sources.setdefault(source.key, source)) != source:
+                places = listed([str(s.data_dir or s.files) for s in (other, source)])
+                raise BitFitError(
+                    f"the study takes the task {source.key} from two places: {places}; "
+                    "a study has one for each built-in task, others as files (train_file)"
+                )
+            if source.key in lengths:
+                continue
             train = load_source(source).train
             assert train is not None
             lengths[source.key] = len(train)
@@ -296,10 +305,13 @@ def _settings(grid: Grid, values: Mapping[str, Any], available: int, examples: i
         train_examples=examples if examples < available else None,
         validate_once=True,
     )
-    if grid.equal == "epochs" and not grid.budgets:
-        return settings if settings.epochs else replace(settings, epochs=float(DEFAULT_EPOCHS))
     limits = [settings.max_steps] if settings.max_steps else []
     per_epoch = -(-available // settings.batch_size)
+    if grid.equal == "epochs" and not grid.budgets:
+        # as many as the steps are of the whole set
+        epochs = [steps / per_epoch for steps in limits]
+        epochs += [settings.epochs] if settings.epochs else []
+        return replace(settings, epochs=min(epochs, default=float(DEFAULT_EPOCHS)), max_steps=None)
     if settings.epochs:
         limits.append(math.ceil(settings.epochs * per_epoch))
     steps = min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))

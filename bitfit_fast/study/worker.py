@@ -22,6 +22,7 @@ from ..inference import bias_changes
 from ..methods import prepare
 from ..models.loading import load_model, load_tokenizer
 from ..training.loop import train
+from ..training.measure import commit
 from ..training.run_folder import RunFolder
 from ..training.settings import Settings
 from .sweeps import FINAL, TRIAL, Run, hold_back, load_source
@@ -102,7 +103,13 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
     told = [str(w.message) for w in caught if issubclass(w.category, BitFitWarning)]
     write_json(
         folder / "run.json",
-        {**run.identity, "name": run.name, "lr": summary["lr"], "warnings": told},
+        {
+            **run.identity,
+            "name": run.name,
+            "lr": summary["lr"],
+            "warnings": told,
+            "commit": commit(),
+        },
     )
     # what a finished run needs no more; an unfinished one would
     files.state.unlink(missing_ok=True)

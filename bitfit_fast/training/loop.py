@@ -30,7 +30,7 @@ from ..plots import learning_curves
 from ..selection import HEAD, Selection
 from .backends import choose_backend
 from .evaluate import evaluate
-from .measure import StepClock, device_name, peak_memory, reset_peak_memory
+from .measure import StepClock, device_name, mean_step_ms, peak_memory, reset_peak_memory
 from .run_folder import Progress, RunFolder
 from .settings import Plan, Settings
 
@@ -451,7 +451,7 @@ class _Run:
                 "step": last,
                 **{row["split"]: row for row in progress.rows if row["step"] == last},
             },
-            "step_ms": statistics.median(r["step_ms"] for r in progress.rows),
+            "step_ms": mean_step_ms(progress.rows),
             "examples_per_second": statistics.median(
                 r["examples_per_second"] for r in progress.rows
             ),

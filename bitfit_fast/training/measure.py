@@ -7,7 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +61,19 @@ def commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def mean_step_ms(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Return the time of a step over a whole run, from its metrics.
+
+    The mean of the windows' medians, each as often as it has steps: methods with phases have
+    steps of several kinds, and what disturbed a few steps counts in none.
+    """
+    total, before = 0.0, 0
+    for step, milliseconds in {row["step"]: row["step_ms"] for row in rows}.items():
+        total += (step - before) * milliseconds
+        before = step
+    return total / before
 
 
 class StepClock:

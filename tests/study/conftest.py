@@ -87,7 +87,7 @@ def made_up():
             folder = output / "runs" / name
             write_json(folder / "summary.json", summary)
             write_json(folder / "changes.json", changes if summary["terms"] else [])
-            write_json(folder / "run.json", {"warnings": ["few steps"]})
+            write_json(folder / "run.json", {"warnings": ["few steps"], "commit": "0123abcd"})
 
     return write
 

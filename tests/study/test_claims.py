@@ -75,6 +75,18 @@ def test_a_claim_is_given_up_by_its_holder_only(tmp_path):
     assert ours.holder("a") is None
 
 
+def test_a_claim_of_another_machine_goes_when_it_gives_no_sign_of_life(tmp_path):
+    here, there = Claims(tmp_path), Claims(tmp_path)
+    there.own = {**there.own, "host": "elsewhere"}
+    assert there.take("a") and there.take("b")
+    for name in "ab":
+        os.utime(tmp_path / f"{name}.json", (0, 0))
+    there.keep_up(["b", "gone"])
+    assert here.live("b") and not here.take("b")
+    assert not here.live("a") and here.take("a")
+    assert here.holder("a") == here.own
+
+
 @pytest.mark.parametrize(
     ("change", "stale"),
     [

@@ -41,7 +41,23 @@ def test_every_size_gets_equal_steps_unless_equal_epochs_are_asked_for(study_fil
     assert {r.settings.max_steps for r in by_epochs.runs.values()} == {5}
     assert {r.settings.epochs for r in by_epochs.runs.values()} == {None}
     epochs = plan_of(study_file(sizes, "equal: epochs"))
-    assert {(r.settings.epochs, r.settings.max_steps) for r in epochs.runs.values()} == {(3.0, 6)}
+    assert {(r.settings.epochs, r.settings.max_steps) for r in epochs.runs.values()} == {
+        (6 / 5, None)
+    }
+
+
+def test_a_task_from_two_places_is_refused(tmp_path):
+    word = "{}\tdog\t_\t{}\t_\t_\t0\troot\t_\t_\n"
+    lines = word.format(1, "NOUN") + word.format(2, "VERB") + "\n"
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "dev", "test"):
+            (tmp_path / folder / f"xx-ud-{split}.conllu").write_text(lines)
+    tasks = ", ".join(f"{{name: {n}, task: pos, data_dir: {tmp_path / n}}}" for n in ("one", "two"))
+    file = tmp_path / "study.yaml"
+    file.write_text(f"models: [m]\nmethods: [full]\ntasks: [{tasks}]\n")
+    with pytest.raises(BitFitError, match=r"takes the task pos from two places: .*one, .*two"):
+        measure(read_study(file))
 
 
 def test_runs_that_grids_share_are_one(study_file):

@@ -17,6 +17,7 @@ from bitfit_fast import Settings, Split, TaskData
 from bitfit_fast.errors import BitFitError
 from bitfit_fast.tensorfile import read_tensors
 from bitfit_fast.training import loop
+from bitfit_fast.training.measure import mean_step_ms
 
 SETTINGS = Settings(max_steps=12, eval_every=4, batch_size=8, max_length=16, lr=1e-2)
 pytestmark = pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
@@ -515,3 +516,8 @@ def test_the_validation_set_can_wait_for_the_last_step(bert_folder, tmp_path):
     model, tokenizer = fresh(bert_folder)
     other = bitfit_fast.train(model, tokenizer, DATA, SETTINGS)
     assert summary["final"]["validation"]["loss"] == other["final"]["validation"]["loss"]
+
+
+def test_the_time_of_a_step_counts_every_phase_as_long_as_it_is():
+    rows = [{"step": 2, "step_ms": 30.0}, *[{"step": 8, "step_ms": 10.0}] * 2]
+    assert mean_step_ms(rows) == (2 * 30 + 6 * 10) / 8
