@@ -300,7 +300,8 @@ def _changes(group: _Group, look: Mapping[str, Look], folder: Path) -> _Drawn:
                 continue
             place = f"{group.tasks.index(task) + 1}-{group.methods.index(entry.label) + 1}"
             stem = f"change-{group.stem}-{place}"
-            title = f"{entry.label} on {task}, {len(results)} runs"
+            many = "1 run" if len(results) == 1 else f"{len(results)} runs"
+            title = f"{entry.label} on {task}, {many}"
             with rc_context({"axes.grid": False}):
                 for kind in ("png", "svg"):
                     change_heatmap(changes, folder / f"{stem}.{kind}", title)

@@ -35,8 +35,8 @@ def _best(values: Sequence[float | None]) -> list[bool]:
     """Return which values are the largest, as they are shown."""
     shown = [None if v is None else round(v, 1) for v in values]
     known = [v for v in shown if v is not None]
-    # one value alone is no better than anything
-    top = max(known) if len(known) > 1 else None
+    # one value alone is no better than anything, and nothing is where all are alike
+    top = max(known) if len(set(known)) > 1 else None
     return [v is not None and v == top for v in shown]
 
 
