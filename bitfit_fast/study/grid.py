@@ -96,7 +96,11 @@ class MethodEntry:
 
 @dataclass(frozen=True)
 class Budget:
-    """A wall time to train for: seconds, or a share of full fine-tuning's time."""
+    """A wall time to train for: seconds, or a share of full fine-tuning's time.
+
+    That is the time which full fine-tuning takes for the steps that the method would have had, on
+    batches of the method's size.
+    """
 
     kind: str
     value: float
