@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..training.measure import mean_step_ms
-from ..training.run_folder import RunFolder
 from .runner import run_folder
 from .sweeps import FINAL, Cell, Plan, Run
 from .worker import DONE, FAILED, OPEN, state, summary_of
@@ -167,17 +165,12 @@ def average(spreads: Iterable[Spread | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(found) else None
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
 def _result(run: Run, folder: Path) -> Result:
     summary = summary_of(folder)
     assert summary is not None
     noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     changes = json.loads((folder / "changes.json").read_text(encoding="utf-8"))
     final, metrics = summary["final"], summary["metrics"]
-    rows = [json.loads(line) for line in _lines(RunFolder(folder).metrics)]
     judged = [name for name in final if name.startswith("validation")]
     scores = {
         metric if name == judged[0] else f"{metric} ({name.partition('_')[2]})": PERCENT
@@ -197,7 +190,7 @@ def _result(run: Run, folder: Path) -> Result:
         steps=summary["steps"],
         share=parameters["share"],
         trained=parameters["trained"],
-        step_ms=mean_step_ms(rows) if rows else summary["step_ms"],
+        step_ms=summary["step_ms"],
         seconds=summary["seconds"],
         memory=summary["peak_memory_bytes"],
         file=summary["file_bytes"],

@@ -19,7 +19,7 @@ from ..errors import BitFitError, listed
 from ..methods import METHODS
 from ..methods.table import option_values
 from ..models.loading import DEFAULT_MODEL
-from ..selection import parse_layers, parse_terms
+from ..selection import parse_layers, parse_terms, refuse_choice
 from ..training.backends import BACKENDS
 from ..training.loop import choose_device
 from ..training.settings import Settings
@@ -385,8 +385,11 @@ def _method(item: _Item, tasks: Collection[str]) -> MethodEntry:
         terms = _parsed(entries["terms"], parse_terms)
     if "layers" in entries:
         layers = _parsed(entries["layers"], parse_layers)
-    if METHODS[method].kind is not None and (chosen := entries.get("terms", entries.get("layers"))):
-        raise chosen.fail(f"terms and layers choose biases; method '{method}' does not take them")
+    if method != "bitfit":
+        try:
+            refuse_choice(method, terms, layers)
+        except BitFitError as error:
+            raise entries["terms" if "terms" in entries else "layers"].fail(str(error)) from None
     options = {}
     for name in known:
         if name in entries:

@@ -168,3 +168,13 @@ def test_options_of_methods(tmp_path):
 def test_the_studies_of_this_repository_are_valid(path, monkeypatch):
     monkeypatch.setenv("BITFIT_FAST_DATA", "/data")
     assert read_study(path).grids
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_choice_of_biases_for_another_method_is_refused_where_it_stands(tmp_path, method):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"models: [m]\ntasks: [rte]\nmethods:\n  - {{method: {method}, terms: query}}\n"
+    )
+    with pytest.raises(BitFitError, match=rf"line 4, .*method '{method}' does not take them"):
+        read_study(file)
