@@ -127,6 +127,10 @@ class IA3(_Injected):
         return peft.IA3Model
 
 
+#: What models call the keys and values of earlier tokens: transformers before 5.24, and since.
+_PAST = ("past_key_values", "cache")
+
+
 class _Prompted(Addition):
     """Vectors before the tokens, which PEFT makes and hooks hand to the base model.
 
@@ -136,8 +140,8 @@ class _Prompted(Addition):
 
     marks: ClassVar[tuple[str, ...]] = ("peft_prompt.",)
     cannot_merge: ClassVar[str | None] = "what it puts before the tokens is no weight of the model"
-    #: Arguments that the base model must take, and what they are for.
-    needs: ClassVar[dict[str, str]] = {}
+    #: Arguments of which the base model must take one each, and what they are for.
+    needs: ClassVar[dict[tuple[str, ...], str]] = {}
 
     def __init__(self, method: str, options: Mapping[str, Any]) -> None:
         super().__init__(method, options)
@@ -158,12 +162,12 @@ class _Prompted(Addition):
         peft = _peft(self.method)
         base: Any = getattr(model, "base_model", model)
         takes = inspect.signature(base.forward).parameters
-        needs = {"input_ids": "tokens", "attention_mask": "a mask", **self.needs}
-        for argument, what in needs.items():
-            if argument not in takes:
+        needs = {("input_ids",): "tokens", ("attention_mask",): "a mask", **self.needs}
+        for names, what in needs.items():
+            if takes.keys().isdisjoint(names):
                 raise BitFitError(
-                    f"method '{self.method}' needs a model that takes {what} ({argument}), and "
-                    f"those of the family '{_family(model)}' do not"
+                    f"method '{self.method}' needs a model that takes {what} "
+                    f"({' or '.join(names)}), and those of the family '{_family(model)}' do not"
                 )
         grads = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
@@ -197,7 +201,8 @@ class _Prompt:
     def prefix(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand keys and values of every layer over, as if of tokens before."""
         kwargs, batch = self._with_mask(args, kwargs)
-        kwargs["past_key_values"] = self.maker.get_prompt(batch)
+        (name,) = (name for name in _PAST if name in self.arguments)
+        kwargs[name] = self.maker.get_prompt(batch)
         return (), kwargs
 
     def prompt(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -246,7 +251,7 @@ class PrefixTuning(_Prompted):
     behind them.
     """
 
-    needs: ClassVar[dict[str, str]] = {"past_key_values": "keys and values of earlier tokens"}
+    needs: ClassVar[dict[tuple[str, ...], str]] = {_PAST: "keys and values of earlier tokens"}
 
     def config(self, peft: Any, base: Any) -> Any:
         """Return how many; PEFT reads the rest off the model's configuration."""
@@ -260,7 +265,7 @@ class PrefixTuning(_Prompted):
 class PromptTuning(_Prompted):
     """Learned embeddings before the tokens' (Lester et al., EMNLP 2021), begun as random words'."""
 
-    needs: ClassVar[dict[str, str]] = {"inputs_embeds": "embeddings"}
+    needs: ClassVar[dict[tuple[str, ...], str]] = {("inputs_embeds",): "embeddings"}
 
     def config(self, peft: Any, base: Any) -> Any:
         """Return how many, and that words begin them."""
