@@ -1,5 +1,6 @@
 // The pointwise passes of a BitFit step for CPUs: what the Triton kernels do on a GPU, with the
 // same dropout masks. Plain C functions over raw pointers, built on first use by native.py.
+#include "heads.h"
 #include "norm.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -304,17 +305,33 @@ void bitfit_kept(uint8_t* out, int64_t rows, int64_t columns, int threshold, int
 
 int bitfit_has_tiles() {
 #ifdef BITFIT_TILES
-    return may_use_tiles();
+    return may_multiply();
+#else
+    return 0;
+#endif
+}
+
+int bitfit_has_matrix_units() {
+#ifdef BITFIT_AMX
+    return may_multiply();
 #else
     return 0;
 #endif
 }
 
 #ifdef BITFIT_TILES
+// Numbers of which one in an operand is made up, and bytes of each.
+void bitfit_layout(int type, int* planes, int* bytes) {
+    WITH_TYPE(type, X, {
+        *planes = PLANES<X>;
+        *bytes = sizeof(Number<X>);
+    })
+}
+
 void bitfit_pack(int type, void* from, int64_t row, int64_t column, int64_t depth,
                  int64_t columns, void* to, int threads) {
     WITH_TYPE(type, X, {
-        pack<X>(of<X>(from), row, column, depth, columns, of<bf16>(to), threads);
+        pack<X>(of<X>(from), row, column, depth, columns, of<Number<X>>(to), threads);
     })
 }
 

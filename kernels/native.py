@@ -1,7 +1,7 @@
 """The kernels for CPUs: `native.cpp`, built once by the machine's C++ compiler, and its launchers.
 
 A launcher computes what the Triton one of the same name does, with the same dropout masks. On CPUs
-with matrix units (AMX) it has more, which `tiles` launches: `has_tiles`.
+with 512-bit vectors (AVX-512) it has more, which `tiles` launches: `has_tiles`.
 Where there is no compiler `unavailable` says so, and the operations run their definitions in
 PyTorch. The library is kept under `$XDG_CACHE_HOME/bitfit_fast`, by the hash of its source, the
 compiler and the CPU.
@@ -32,10 +32,12 @@ __all__ = [
     "column_sum",
     "dropout",
     "gather",
+    "has_matrix_units",
     "has_tiles",
     "kept",
     "layer_norm_bwd",
     "layer_norm_fwd",
+    "layout",
     "softmax_bwd",
     "softmax_fwd",
     "spread",
@@ -46,7 +48,9 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ("norm.h", "tiles.h", "vectors.h"))
+_HEADERS = tuple(
+    _SOURCE.with_name(f"{name}.h") for name in ("heads", "norm", "tiles", "units", "vectors")
+)
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
@@ -77,6 +81,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 #: Of those that are there where `has_tiles` is true: what attention is told, and all of them.
 _ATTENTION = (_P, _L, _P, _L, _P, _L, _P, _P, *[_L] * 3, _P, _L, _L, _F)
 _TILES: dict[str, tuple[Any, ...]] = {
+    "layout": (_I, _P, _P),
     "pack": (_I, _P, _L, _L, _L, _L, _P, _I),
     "linear": (_I, _P, _L, _P, _P, _P, _I, _L, _I),
     "linear_activation": (_I, _I, _P, _L, _P, _P, _P, _P, _L, _I),
@@ -145,9 +150,23 @@ def unavailable() -> str | None:
 
 
 def has_tiles() -> bool:
-    """Return whether the CPU multiplies by matrix units (AMX in bf16), and Linux lets it."""
+    """Return whether there are products and attention for the CPU, as `units.h` says."""
     library = _library()
     return not isinstance(library, str) and bool(library.bitfit_has_tiles())
+
+
+def has_matrix_units() -> bool:
+    """Return whether these are done by matrix units (AMX)."""
+    library = _library()
+    return not isinstance(library, str) and bool(library.bitfit_has_matrix_units())
+
+
+def layout(dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """Return how many numbers of an operand make up one of a dtype, and of which dtype they are."""
+    library, planes, size = _library(), ctypes.c_int(), ctypes.c_int()
+    assert not isinstance(library, str)
+    library.bitfit_layout(DTYPES[dtype], ctypes.byref(planes), ctypes.byref(size))
+    return planes.value, next(other for other in DTYPES if other.itemsize == size.value)
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -1,7 +1,8 @@
-"""Launchers of products with frozen weights, attention and layers' ends on a CPU's matrix units.
+"""Launchers of products with frozen weights, attention and layers' ends on CPUs with AVX-512.
 
-The kernels are in `tiles.h`. Weights are packed once. In bf16 sums are in fp32; fp32 numbers are
-three bf16 ones each, which give what products in fp32 do, in 6 bytes for each packed weight.
+The kernels are in `tiles.h` and `heads.h`; `units.h` says what multiplies, which may be matrix
+units (AMX), and how an operand is laid out for it. Weights are packed once. In bf16 sums are in
+fp32; fp32 gives what products in fp32 do.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "Packed",
     "attention_bwd",
     "attention_fwd",
+    "beat_libraries",
     "layer_end",
     "layer_end_bwd",
     "linear",
@@ -35,7 +37,7 @@ __all__ = [
 
 _P, _L, _I, _F, _D = native.C_TYPES
 
-#: Of weights and heads' sizes, multiples are what the matrix units take.
+#: Of weights and heads' sizes, multiples are what these kernels take.
 SIDE = 32
 
 
@@ -68,13 +70,14 @@ class _Junction(ctypes.Structure):
 
 
 class Packed:
-    """A frozen right operand `[K, N]` in the order in which the matrix units take it.
+    """A frozen right operand `[K, N]` in the order in which the CPU takes it.
 
     Parameters
     ----------
     data : Tensor
-        bf16: N / 32 panels of 32 columns, in each K / 32 steps of `[2, 16, 16, 2]`: left and
-        right half, pair of rows, column, row of the pair. For fp32 two further planes.
+        N / 32 panels of 32 columns, in each K / 32 steps. A step is `[32, 32]` in fp32, and in
+        bf16 `[2, 16, 16, 2]`: left and right half, pair of rows, column, row of the pair. With
+        matrix units fp32 numbers are three of bf16, in as many planes.
     panel : int
         Numbers from one panel to the next.
     depth, columns : int
@@ -101,15 +104,29 @@ class Packed:
         return Packed(data, self.panel, self.depth, self.columns, self.plane)
 
 
+def beat_libraries(weight: Tensor) -> bool:
+    """Return whether products with a weight take less time than those of MKL or oneDNN.
+
+    With matrix units all do. With vectors those of bf16, which the libraries pack at each call,
+    and without instructions for bf16 compute at a fifth of the speed of fp32; in fp32 the two
+    are alike, and packed weights would take memory for nothing.
+    """
+    if not native.has_tiles() or any(size % SIDE for size in weight.shape):
+        return False
+    return weight.dtype == torch.bfloat16 or native.has_matrix_units()
+
+
 def packed_bytes(operand: Tensor) -> int:
     """Return how much memory an operand takes once it is packed."""
-    return (6 if operand.dtype == torch.float32 else 2) * operand.numel()
+    planes, number = native.layout(operand.dtype)
+    return planes * number.itemsize * operand.numel()
 
 
 def pack(operand: Tensor) -> Packed:
     """Pack a right operand `[K, N]`, bf16 or fp32, any strides; K and N are multiples of 32."""
     depth, columns = operand.shape
-    data = operand.new_empty(packed_bytes(operand) // 2, dtype=torch.bfloat16)
+    planes, number = native.layout(operand.dtype)
+    data = operand.new_empty(planes * operand.numel(), dtype=number)
     native._call("pack", _type(operand), operand.data_ptr(), *operand.stride(), depth, columns,
                  data.data_ptr())  # fmt: skip
     return Packed(data, depth * SIDE, depth, columns, depth * columns)

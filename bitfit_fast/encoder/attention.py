@@ -34,7 +34,7 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def _takes_tiles(q: Tensor, packing: Packing) -> bool:
-    """Return whether the CPU's matrix units compute this attention."""
+    """Return whether a CPU computes this attention in one pass for each head."""
     if packing.longest > _LONGEST or uses_triton(q) or not uses_native(q):
         return False
     return native.has_tiles() and not q.shape[-1] % tiles.SIDE

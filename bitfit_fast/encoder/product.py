@@ -40,10 +40,8 @@ def _prefers_onednn() -> bool:
 
 
 def _takes_tiles(rows: Tensor, weight: Tensor) -> bool:
-    """Return whether the CPU's matrix units multiply rows of this kind by the weight."""
-    if uses_triton(rows) or not uses_native(rows):
-        return False
-    return native.has_tiles() and not any(size % tiles.SIDE for size in weight.shape)
+    """Return whether our own kernels for CPUs multiply rows of this kind by the weight."""
+    return not uses_triton(rows) and uses_native(rows) and tiles.beat_libraries(weight)
 
 
 class Product:
@@ -59,11 +57,11 @@ class Product:
         self.weight = weight
         fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32
         self._onednn = fp32 and _prefers_onednn()
-        #: For matrix units: the weight as they take it in the forward and the backward pass.
+        #: For our own kernels: the weight as they take it in the forward and the backward pass.
         self._packed: dict[str, Any] = {}
 
     def packed(self, rows: Tensor, which: str) -> Any:
-        """Return the weight as a CPU's matrix units take it, or None without them.
+        """Return the weight as our own kernels for CPUs take it, or None where others multiply.
 
         `which` is the `forward` or the `backward` pass.
         """

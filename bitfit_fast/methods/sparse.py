@@ -115,7 +115,7 @@ class Entries:
 
 def _gather(a: Tensor) -> int:
     """Return what a single entry of a product of such operands costs."""
-    by_matrix_units = a.itemsize == 2 and (a.is_cuda or native.has_tiles())
+    by_matrix_units = a.itemsize == 2 and (a.is_cuda or native.has_matrix_units())
     return GATHER_OF_MATRIX_UNITS if by_matrix_units else GATHER
 
 

@@ -1,10 +1,10 @@
-"""Whole encoders whose products, attention and layers' ends run on a CPU's matrix units."""
+"""Whole encoders whose products, attention and layers' ends are those for AVX-512."""
 
 import pytest
 import torch
 
 from bitfit_fast import patch_encoder, select, unpatch
-from bitfit_fast.encoder import encoder_of
+from bitfit_fast.encoder import encoder_of, stack
 from bitfit_fast.kernels import native
 from bitfit_fast.models.families import biases
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.parametrize("backend", ["native"], indirect=True)
 def tiles(backend, monkeypatch):
     """Skip on other CPUs, and count which kernels run."""
     if not native.has_tiles():
-        pytest.skip("this CPU has no matrix units (AMX)")
+        pytest.skip("this CPU has no 512-bit vectors (AVX-512)")
     names, call = [], native._call
     monkeypatch.setattr(native, "_call", lambda name, *a: (names.append(name), call(name, *a)))
     return names
@@ -48,8 +48,11 @@ def test_loss_and_gradients(
     assert set(found) == set(each.exact)
     rule = RULES["bf16" if memory == "low" else precision]  # of 8 bits
     as_exact(found, getattr(each, precision), each.exact, **rule)
-    assert {"linear", "attention_fwd", "attention_bwd"} <= set(tiles)
-    ends = family != "vit" and memory in ("fast", "low")
+    assert {"attention_fwd", "attention_bwd"} <= set(tiles)
+    # in fp32 vectors are no faster than the libraries, and those multiply
+    ours = precision == "bf16" or native.has_matrix_units()
+    assert ("linear" in tiles) == ours
+    ends = ours and family != "vit" and memory in ("fast", "low")
     assert tiles.count("layer_end") == 3 * ends
     # where the backward pass ends in a layer, it goes step by step
     assert tiles.count("layer_end_bwd") == 3 * ends
@@ -85,21 +88,20 @@ def test_the_whole_end_of_a_layer_is_its_steps(
     if family == "distilbert":
         rates = {"dropout": 0.1, "attention_dropout": 0.2}
     results = []
-    for whole in (True, False):
-        model = build(family, **CHANGES[family], **rates)
+    for precision, whole in (("fp32", False), ("bf16", False), ("bf16", True)):
+        # whose head has no ReLU, of which a rounding can change the side
+        model = build(family, HEADS[1], **CHANGES[family], **rates)
         select(model)
-        patch_encoder(model, precision="bf16")
-        if not whole:
-            from bitfit_fast.encoder import stack
-
-            monkeypatch.setattr(stack._Run, "_end_weights", lambda *args: None)
-        results.append(measure(model, batch(model)))
-    first, second = results
+        patch_encoder(model, precision=precision)
+        with monkeypatch.context() as patched:
+            if not whole:
+                patched.setattr(stack._Run, "_end_weights", lambda *args: None)
+            results.append(measure(model, batch(model)))
     assert tiles.count("layer_end") == 3
-    # the same masks; only roundings to bf16 in between differ
-    for name, value in first.items():
-        error = (value - second[name]).norm() / second[name].norm()
-        assert error < 2**-5, (name, error)
+    # the same masks; what differs are roundings to bf16 in between
+    for name, exact in results[0].items():
+        steps, whole = ((found[name] - exact).norm() / exact.norm() for found in results[1:])
+        assert whole <= 2 * steps + 2**-7, (name, whole, steps)
 
 
 @of_both_precisions
@@ -120,9 +122,9 @@ def test_what_packed_weights_take_is_known_before(precision, backend, build, bat
 def test_triton_comes_first(backend, build, batch, measure, monkeypatch):
     model = build("bert", **WIDE)
     select(model)
-    patch_encoder(model, precision="fp32")
+    patch_encoder(model, precision="bf16")
     product = encoder_of(model).stack.layers[0].up
-    rows = torch.zeros(3, 64)
+    rows = torch.zeros(3, 64, dtype=torch.bfloat16)
     assert product.packed(rows, "forward") is not None
     monkeypatch.setattr("bitfit_fast.encoder.product.uses_triton", lambda *tensors: True)
     assert product.packed(rows, "forward") is None

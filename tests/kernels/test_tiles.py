@@ -1,4 +1,4 @@
-"""Products and attention by matrix units against float64, by the rule of twice PyTorch's error."""
+"""Products, attention and layers' ends against float64, by the rule of twice PyTorch's error."""
 
 import copy
 import itertools
@@ -25,7 +25,7 @@ def library():
     if reason := native.unavailable():
         pytest.skip(reason)
     if not native.has_tiles():
-        pytest.skip("this CPU has no matrix units (AMX)")
+        pytest.skip("this CPU has no 512-bit vectors (AVX-512)")
 
 
 @pytest.fixture(autouse=True)
@@ -57,23 +57,31 @@ def judge(ours, pytorch, exact, roundings=2, label=""):
     assert error <= 2 * theirs + roundings * torch.finfo(ours.dtype).eps * size, (label, error)
 
 
-def test_packed_weights_hold_every_number_once():
-    weight = torch.arange(96 * 64).view(96, 64)
-    steps = tiles.pack(weight.to(torch.int16).view(BF16)).data.view(torch.int16)
-    places = steps.view(2, 3, 2, 16, 16, 2)  # panel, step, half, pair, column, row of the pair
-    panel, step, half, pair, column, row = torch.meshgrid(
-        *map(torch.arange, places.shape), indexing="ij"
-    )
-    expected = weight[32 * step + 2 * pair + row, 32 * panel + 16 * half + column]
-    assert torch.equal(places.long(), expected)
+def unpacked(packed):
+    """Return `[planes, K, N]` of what was packed."""
+    panels, steps = packed.columns // 32, packed.depth // 32
+    data = packed.data.view(-1, panels, steps, 1024)
+    if data.dtype == torch.float32:
+        parts = data.view(-1, panels, steps, 32, 32)
+    else:  # left and right half, pair of rows, column, row of the pair
+        parts = data.view(-1, panels, steps, 2, 16, 16, 2).permute(0, 1, 2, 4, 6, 3, 5)
+    return parts.reshape(-1, panels, packed.depth, 32).transpose(1, 2).flatten(2)
 
 
-def test_three_parts_are_exactly_an_fp32_number():
+@of_both_dtypes
+def test_packed_weights_hold_every_number_once(dtype):
+    weight = (torch.arange(96 * 64).view(96, 64) % 8191 / 64).to(dtype)
+    for operand in (weight, weight.t().contiguous().t()):
+        assert torch.equal(unpacked(tiles.pack(operand)).float().sum(0), weight.float())
+
+
+@of_both_dtypes
+def test_the_parts_of_a_number_are_exactly_that(dtype):
     numbers = torch.tensor([0.0, -0.0, 1.0, 1 + 2**-23, -(2 - 2**-23), 1 / 3, 3e38, -1e-30])
-    weight = torch.cat((numbers, randn(32 * 32 - 8, dtype=torch.float32))).view(32, 32)
-    parts = tiles.pack(weight).data.view(3, 2, 16, 16, 2).float().sum(0)
-    half, pair, column, row = torch.meshgrid(*map(torch.arange, parts.shape), indexing="ij")
-    assert torch.equal(parts, weight[2 * pair + row, 16 * half + column])
+    weight = torch.cat((numbers, randn(32 * 32 - 8, dtype=torch.float32))).view(32, 32).to(dtype)
+    packed = tiles.pack(weight)
+    assert torch.equal(unpacked(packed).float().sum(0), weight.float())
+    assert packed.data.nbytes == tiles.packed_bytes(weight)
 
 
 @of_both_dtypes
@@ -127,7 +135,9 @@ def test_linear_and_activation(act, rows, dtype):
     alone, nothing = tiles.linear_activation(x, tiles.pack(weight), b, act, False, False)
     assert torch.equal(alone, ours) and nothing is None
     _, step = quantisation(act)
-    their_dz = ((dy @ back) * slope.to(dtype)).to(dtype)
+    their_u = (x @ weight + b).to(dtype).requires_grad_()
+    _act(their_u, act).backward(dy @ back)
+    their_dz = their_u.grad
     eps = torch.finfo(dtype).eps
     # of 8 bits, half a level at most, on top
     error = 0.51 * step * (dy.double() @ back.double()).abs().max().item()
