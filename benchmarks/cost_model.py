@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from bitfit_fast.encoder import stack, sums
+from bitfit_fast.encoder import encoder_of, stack, sums
 from bitfit_fast.files import write_json
 from bitfit_fast.kernels._launch import column_config
 from bitfit_fast.kernels.attention import attention_config, attention_sums
@@ -45,6 +46,8 @@ from bitfit_fast.training.fast import FastStep
 __all__ = ["COUNTED", "DEVICE", "Device", "count", "count_all"]
 
 aten = torch.ops.aten
+#: Whose module's name its own function has.
+install = sys.modules[encoder_of.__module__]
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,13 @@ def _add_segments(args: tuple[Any, ...], out: Any) -> Work:
     return Work(1, 4 * numbers + _size([args[1]]))
 
 
+def _embedding_layer_norm(args: tuple[Any, ...], out: Any) -> Work:
+    gamma, beta, ids, tables = args[:4]
+    # of each table a row for each token, as PyTorch's own gathering counts
+    rows = sum(out.numel() * table.element_size() for table in tables)
+    return Work(1, rows + _size(_tensors((gamma, beta, ids, out))))
+
+
 _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "activation_bwd": _activation_bwd,
     "activation_bwd_partial": _layer_norm_fwd,
@@ -185,6 +195,7 @@ _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "add_segments": _add_segments,
     "column_sum": _column_sum,
     "dropout": _layer_norm_fwd,
+    "embedding_layer_norm": _embedding_layer_norm,
     "layer_norm_bwd": _layer_norm_bwd,
     "layer_norm_bwd_partial": _layer_norm_fwd,
     "layer_norm_fwd": _layer_norm_fwd,
@@ -444,6 +455,7 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
         mock.patch.object(stack, "attention_bwd", bwd),
         mock.patch.object(stack, "attention_sums", _attention_sums),
         mock.patch.object(stack, "defers", lambda tensor: True),
+        mock.patch.object(install, "gathers", lambda table: True),
         mock.patch.object(sums, "processors", lambda tensor: DEVICE.processors),
         mock.patch.object(fixed._Inputs, "load", _loading(mode)),
         mock.patch.object(F, "scaled_dot_product_attention", _flash(mode)),

@@ -11,21 +11,20 @@ the activation or LayerNorm at the end of the line computes in one pass.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from . import ops
 from .ops.dropout import dropout, new_seed
+from .stand_in import StandIn, materialised
 
 __all__ = ["Deferred", "Dropout", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
 
 
-class Deferred:
+class Deferred(StandIn):
     """`residual + dropout(x + b)`, not yet computed, in the place of a tensor.
 
     Dropout and the addition of a residual are taken note of. Everything else gets the
@@ -103,7 +102,7 @@ class Deferred:
         return Deferred(self._x, self._b, p, new_seed(self._x.device))
 
     def _plus(self, other: Any) -> Any:
-        other = _materialised(other)
+        other = materialised(other)
         if self._open and isinstance(other, Tensor) and other.shape == self._x.shape:
             return Deferred(self._x, self._b, self._p, self._seed, other)
         return self.tensor() + other
@@ -114,17 +113,10 @@ class Deferred:
             return other._plus(self)
         return self._plus(other)
 
-    def __radd__(self, other: Any) -> Any:
-        return self._plus(other)
-
     @property
     def shape(self) -> torch.Size:
         """Shape of the tensor."""
         return self._x.shape
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return the shape of the tensor, or one size."""
-        return self._x.shape if dim is None else self._x.shape[dim]
 
     def reshape(self, *shape: Any) -> Any:
         """Reshape; leading dimensions change nothing about what is to be computed."""
@@ -133,52 +125,6 @@ class Deferred:
             return self.tensor().reshape(*shape)
         residual = None if self._residual is None else self._residual.reshape(*shape)
         return Deferred(self._x.reshape(*shape), self._b, self._p, self._seed, residual)
-
-    def __getattr__(self, name: str) -> Any:
-        # without this, an object that has no fields yet would look for them here for ever
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Take note of dropout and additions; give everything else the tensor."""
-        kwargs = kwargs or {}
-        if func is F.dropout and args and isinstance(args[0], Deferred):
-            return args[0]._dropped(*args[1:], **kwargs)
-        if func in _ADDITIONS and len(args) == 2 and not kwargs:
-            left, right = args
-            # not by the operator, which the compiler would bring here again
-            return left.__add__(right) if isinstance(left, Deferred) else right._plus(left)
-        args, kwargs = tree_map(_materialised, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-_ADDITIONS = (operator.add, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-
-
-def _of_tensor(name: str) -> Any:
-    def method(self: Deferred, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*map(_materialised, args))
-
-    return method
-
-
-# Python looks for operators on the class, where `__getattr__` is not asked
-for _name in (
-    *("sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod"),
-    *("pow", "rpow", "matmul", "rmatmul", "neg", "pos", "abs", "invert", "and", "or", "xor"),
-    *("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len", "iter", "contains"),
-    *("bool", "int", "float", "index"),
-):
-    setattr(Deferred, f"__{_name}__", _of_tensor(f"__{_name}__"))
-Deferred.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-def _materialised(value: Any) -> Any:
-    return value.tensor() if isinstance(value, Deferred) else value
 
 
 class Linear(nn.Linear):
@@ -192,7 +138,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Any:
         """Return `[..., N]` of `[..., K]`; a `Deferred` where the bias is left to a successor."""
-        return _linear(self, _materialised(x), self.weight)
+        return _linear(self, materialised(x), self.weight)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -205,9 +151,7 @@ class LayerNorm(nn.LayerNorm):
     _leaves_bias = False
 
     def forward(self, x: Any) -> Tensor:
-        """Normalise a tensor, or all of what a `Deferred` stands for."""
-        if self._leaves_bias:
-            return ops.layer_norm(x, self.weight, self.bias.detach(), self.eps)
+        """Normalise a tensor, or all of what a stand-in stands for."""
         return _layer_norm(self, x, self.eps)
 
 
@@ -234,9 +178,10 @@ def _linear(module: Any, x: Tensor, w: Tensor) -> Any:
 
 
 def _layer_norm(module: Any, x: Any, eps: float) -> Tensor:
-    if isinstance(x, Deferred):
-        return x.normalised(module.weight, module.bias, eps, module._used_again)
-    return ops.layer_norm(x, module.weight, module.bias, eps)
+    beta = module.bias.detach() if module._leaves_bias else module.bias
+    if isinstance(x, StandIn):
+        return x.normalised(module.weight, beta, eps, module._used_again)
+    return ops.layer_norm(x, module.weight, beta, eps)
 
 
 class _TransposedLinear:
@@ -246,13 +191,14 @@ class _TransposedLinear:
     _leaves = False
 
     def forward(self, x: Tensor) -> Any:
-        return _linear(self, _materialised(x), self.weight.t())  # type: ignore[attr-defined]
+        return _linear(self, materialised(x), self.weight.t())  # type: ignore[attr-defined]
 
 
 class _DebertaLayerNorm:
     """DeBERTa's LayerNorm, written out there."""
 
     _used_again = False
+    _leaves_bias = False
 
     def forward(self, x: Any) -> Tensor:
         return _layer_norm(self, x, self.variance_epsilon)  # type: ignore[attr-defined]

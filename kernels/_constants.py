@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "ACTIVATIONS",
     "MAX_COLUMNS",
+    "MOST_TABLES",
     "ROUNDS",
     "keeps_sum",
     "quantisation",
@@ -28,6 +29,9 @@ ACTIVATIONS = {
 
 #: The widest row of the LayerNorm kernels, which hold one in registers.
 MAX_COLUMNS = 8192
+
+#: Tables of embeddings whose rows one kernel adds.
+MOST_TABLES = 3
 
 #: Rounds of Philox4x32: the fewest that pass its statistical tests (Salmon et al. 2011).
 ROUNDS = 7

@@ -244,6 +244,7 @@ def layer_norm_fwd(
     dtype: torch.dtype | None = None,
     keeps: bool = True,
     returns_sum: bool = False,
+    kept_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Add bias and residual, drop out, and normalise.
 
@@ -262,11 +263,13 @@ def layer_norm_fwd(
     eps : float
         Added to the variance.
     dtype : torch.dtype, optional
-        Of `y` and `xhat`; that of `x` by default. `s` has that of `x + residual`.
+        Of `y`; that of `x` by default. `s` has that of `x + residual`.
     keeps : bool
         Whether a backward pass will follow.
     returns_sum : bool
         Whether to return what was normalised, too.
+    kept_dtype : torch.dtype, optional
+        Of `xhat`; that of `y` by default.
 
     Returns
     -------
@@ -287,7 +290,7 @@ def layer_norm_fwd(
         return torch.empty(rows, dtype=torch.float32, device=x.device)
 
     dtype = dtype or x.dtype
-    y, xhat = empty(dtype), empty(dtype) if keeps_xhat else None
+    y, xhat = empty(dtype), empty(kept_dtype or dtype) if keeps_xhat else None
     s = empty(sum_dtype(x, residual)) if returns_sum else None
     mean, rstd = numbers() if keeps_mean else None, numbers() if keeps else None
     config = layer_norm_config(rows, columns, processors(x))

@@ -25,7 +25,9 @@ from ..arena import Arena
 from ..errors import BitFitError, listed
 from ..models.families import FAMILIES, Family, StackRow, family_of, head_prefix
 from ..modules import Dropout, LayerNorm, activation_name, original
+from ..ops.embedding import gathers
 from ..packing import Packing
+from .embeddings import Embedding
 from .product import Product
 from .stack import MEMORY, ROLES, Junction, Layer, Rate, Stack
 
@@ -64,6 +66,10 @@ _HARMLESS = {
 }
 
 
+#: What takes the place of modules of the embeddings.
+_DROP_INS: tuple[Any, ...] = (LayerNorm, Dropout, Embedding)
+
+
 @dataclass
 class Encoder:
     """A model's encoder as one operation, and what its forward pass needs to know.
@@ -90,6 +96,9 @@ class Encoder:
         Whether the head looks at tokens of padding, which then are computed, too.
     packing, beta
         Of the batch that is running.
+    dtype : torch.dtype, optional
+        Of the embeddings of that batch, which the model goes on with behind the layers, where
+        the layers are given them in another.
     fixed : (Packing, dict), optional
         A packing, and the base model's inputs packed like that, in the place of those that
         it is given; see `given`.
@@ -111,6 +120,7 @@ class Encoder:
     reads_padding: bool = False
     packing: Packing | None = None
     beta: nn.Parameter | None = None
+    dtype: torch.dtype | None = None
     fixed: tuple[Packing, dict[str, Tensor]] | None = None
     marks: list[tuple[int, int]] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
@@ -171,16 +181,23 @@ class Encoder:
     def running(self, packing: Packing) -> Iterator[None]:
         """Let the layers run as the stack, on a batch packed like this."""
         self.check()
-        norm = self._embedding_norm()
+        norm, tables = self._embedding_norm(), self._waiting_tables()
         self.packing, self.beta = packing, None if norm is None else norm.bias
         if norm is not None:
             norm._leaves_bias = True
+        for table in tables:
+            self.dtype = table.weight.dtype
+            # what is between the LayerNorm and the layers has the model's dtype
+            between = self.projects or self._drops()
+            table._goes_on_in = self.dtype if between else self.stack.dtype
         try:
             yield
         finally:
-            self.packing = self.beta = None
+            self.packing = self.beta = self.dtype = None
             if norm is not None:
                 del norm._leaves_bias
+            for table in tables:
+                del table._goes_on_in
 
     @contextlib.contextmanager
     def given(self, packing: Packing, inputs: dict[str, Tensor]) -> Iterator[None]:
@@ -207,9 +224,29 @@ class Encoder:
         norm = getattr(self.embeddings, "LayerNorm", None)
         if type(norm) is not LayerNorm or self.projects or norm.bias is None:
             return None
+        if not norm.bias.requires_grad or self._drops() or not torch.is_grad_enabled():
+            return None
+        return norm
+
+    def _drops(self) -> bool:
+        """Return whether elements of the embeddings are dropped."""
         dropout = getattr(self.embeddings, "dropout", None)
-        drops = dropout is not None and Rate(dropout, "p")() > 0
-        return norm if norm.bias.requires_grad and not drops and torch.is_grad_enabled() else None
+        return dropout is not None and Rate(dropout, "p")() > 0
+
+    def _waiting_tables(self) -> list[Embedding]:
+        """Return the tables whose rows the LayerNorm behind them can read and add itself.
+
+        That saves launches, and is done where they matter.
+        """
+        tables = [m for m in self.embeddings.children() if type(m) is Embedding]
+        if not tables or not all(gathers(table.weight) for table in tables):
+            return []
+        norm = getattr(self.embeddings, "LayerNorm", None)
+        dtypes = {module.weight.dtype for module in (norm, *tables) if module is not None}
+        plain = type(norm) is LayerNorm and dtypes == {torch.float32}
+        if not plain or any(map(_hooked, self.embeddings.modules())):
+            return []
+        return tables
 
     def run(self, module: Any, hidden: Tensor) -> Tensor:
         """Run the stack on `[1, T, d]` packed or `[B, S, d]` unpadded embeddings."""
@@ -226,7 +263,8 @@ class Encoder:
                     f"the weight of {self.row.score_bias} trains now, and the patched encoder "
                     "computes no gradient of weights; unpatch the model first"
                 )
-        y = self.stack(hidden.flatten(0, 1), self.biases, packing, bias, self.beta, self.sinks)
+        rows, dtype = hidden.flatten(0, 1), self.dtype or hidden.dtype
+        y = self.stack(rows, self.biases, packing, bias, self.beta, self.sinks, dtype)
         return y[:, None] if self.stack.first_only else packing.pad(y)
 
 
@@ -418,7 +456,7 @@ def install(
         vars(module)[_ENCODER] = encoder
         module.__class__ = _subclass(mixin, type(module))
     for module in base.embeddings.children():  # type: ignore[union-attr]
-        for drop_in in (LayerNorm, Dropout):
+        for drop_in in _DROP_INS:
             if type(module) is drop_in._replaces and not _hooked(module):
                 module.__class__ = drop_in
     return encoder
@@ -471,7 +509,7 @@ def uninstall(model: nn.Module) -> None:
         module.__class__ = original(module)
         del vars(module)[_ENCODER]
     for module in encoder.embeddings.children():
-        if type(module) in (LayerNorm, Dropout):
+        if type(module) in _DROP_INS:
             module.__class__ = original(module)
     for weight in encoder.frozen.values():
         if weight.data.untyped_storage().nbytes() > weight.nbytes:

@@ -184,6 +184,7 @@ class Stack:
         bias: Tensor | None = None,
         embedding_beta: Tensor | None = None,
         sinks: Sequence[Tensor | None] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Run all layers.
 
@@ -203,14 +204,15 @@ class Stack:
         sinks : sequence of Tensor, optional
             Where the gradient of each bias is added, instead of being handed to autograd;
             None for those that do not train.
+        dtype : torch.dtype, optional
+            Of the output; by default that of `x`.
 
         Returns
         -------
         Tensor
-            `[T, d]`, or `[B, d]` with `first_only`, in the dtype of `x`. It cannot be
-            differentiated twice.
+            `[T, d]`, or `[B, d]` with `first_only`. It cannot be differentiated twice.
         """
-        run = _Run(self, packing, bias, sinks)
+        run = _Run(self, packing, bias, sinks, dtype or x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return _Encoder.apply(run, torch.is_grad_enabled(), x, embedding_beta, *biases)
 
@@ -252,7 +254,7 @@ class _Encoder(torch.autograd.Function):
         if keeps:
             ctx.run, ctx.dtype = run, x.dtype
             ctx.save_for_backward(*run.take_kept(), *biases)
-        return out.to(x.dtype) if out.dtype != x.dtype else shaped(out, out.shape)
+        return out.to(run.dtype) if out.dtype != run.dtype else shaped(out, out.shape)
 
     @staticmethod
     @once
@@ -261,7 +263,7 @@ class _Encoder(torch.autograd.Function):
         count = len(run.needs)
         run.restore(tensors[: len(tensors) - count], tensors[len(tensors) - count :])
         with torch.autocast(dy.device.type, enabled=False):
-            dx = run.backward(dy.to(run.stack.dtype))
+            dx = run.backward(dy if run.casts else dy.to(run.stack.dtype))
         gradients = run.finish()
         dx = dx.to(ctx.dtype) if dx is not None and ctx.needs_input_grad[2] else None
         return (None, None, dx, *gradients)
@@ -275,6 +277,7 @@ class _Run:
     packing: Packing
     bias: Tensor | None
     sinks: Sequence[Tensor | None] | None
+    dtype: torch.dtype
     needs: tuple[bool, ...] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
 
@@ -294,6 +297,8 @@ class _Run:
         self.lowest = self._lowest()
         self.kept: list[Tensor | None] = []
         self.joined: Tensor | None = None
+        #: Whether the last LayerNorm casts to the output's dtype, and from it
+        self.casts = False
         self.dropouts = self._dropouts()
         self.seeds = None
         if any(self.dropouts):
@@ -440,9 +445,12 @@ class _Run:
             if (weights := self._end_weights(layer, o, "forward")) is not None:
                 y = residual = self._end(number, o, residual, weights)
                 continue
-            y, residual = self._join(layer.middle, layer.out(o), residual, 3 * number + 1)
+            z = layer.out(o)
+            y, residual = self._join(layer.middle, z, residual, 3 * number + 1, z.dtype)
             z = self._feed_forward(layer, y, number)
-            y, residual = self._join(layer.end, z, residual, 3 * number + 2)
+            self.casts = number == last and layer.end.gamma is not None and defers(z)
+            dtype = self.dtype if self.casts else z.dtype
+            y, residual = self._join(layer.end, z, residual, 3 * number + 2, dtype)
         return y
 
     def _end_weights(self, layer: Layer, rows: Tensor, which: str) -> Any:
@@ -480,8 +488,9 @@ class _Run:
         assert entry is not None and entry.gamma is not None
         beta = self._bias(entry.beta)
         out = layer_norm_fwd(
-            x, entry.gamma, beta, None, None, 0.0, None, entry.eps, x.dtype, self.keeps, False
-        )
+            x, entry.gamma, beta, None, None, 0.0, None, entry.eps, x.dtype, self.keeps, False,
+            x.dtype,
+        )  # fmt: skip
         self.keep(x, *out[1:])
         return out[0]
 
@@ -489,9 +498,9 @@ class _Run:
         return None if index is None else self.biases[index]
 
     def _join(
-        self, junction: Junction, z: Tensor, residual: Tensor, number: int
+        self, junction: Junction, z: Tensor, residual: Tensor, number: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return what the next sublayer takes, and the residual that goes on."""
+        """Return what the next sublayer takes, in some dtype, and the residual that goes on."""
         p, seed = self._drop(number)
         pre_norm = self.stack.pre_norm
         b = self._bias(junction.bias)
@@ -508,9 +517,10 @@ class _Run:
             p,
             seed,
             junction.eps,
-            z.dtype,
+            dtype,
             self.keeps,
             pre_norm,
+            z.dtype,
         )
         if not pre_norm:
             if self.keeps:
@@ -688,7 +698,7 @@ class _Run:
             return None
         given = (
             dy, kept, mean, rstd, junction.gamma, residual if self.stack.pre_norm else None,
-            p, seed, dy.dtype, dy.dtype, needs_beta, needs_bias,
+            p, seed, self.stack.dtype, self.stack.dtype, needs_beta, needs_bias,
         )  # fmt: skip
         summed = [junction.beta] * needs_beta + [junction.bias] * needs_bias
         if self.sums is not None:

@@ -52,6 +52,7 @@ def forward_definition(
     dtype: torch.dtype,
     keeps: bool,
     returns_sum: bool,
+    kept_dtype: torch.dtype,
 ) -> list[Tensor]:
     """Compute y, s, xhat, mean and rstd with PyTorch operations; of these, what is needed."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -70,7 +71,7 @@ def forward_definition(
     if keeps and not keeps_sum(b, residual, p, returns_sum):
         xhat, _, rstd = torch.native_layer_norm(s, shape, None, None, eps)
         y = xhat * gamma if beta is None else torch.addcmul(beta, xhat, gamma)
-        return [y.to(dtype), xhat.to(dtype), rstd.reshape(-1)]
+        return [y.to(dtype), xhat.to(kept_dtype), rstd.reshape(-1)]
     y, mean, rstd = torch.native_layer_norm(s, shape, gamma, beta, eps)
     return [y.to(dtype), *total, *([mean.reshape(-1), rstd.reshape(-1)] if keeps else [])]
 
@@ -130,8 +131,8 @@ def backward_definition(
 @operation(
     "layer_norm_fwd",
     "(Tensor x, Tensor gamma, Tensor? beta, Tensor? b, Tensor? residual, float p, "
-    "Tensor? seed, float eps, ScalarType dtype, bool keeps, bool returns_sum) "
-    "-> Tensor[]",
+    "Tensor? seed, float eps, ScalarType dtype, bool keeps, bool returns_sum, "
+    "ScalarType kept_dtype) -> Tensor[]",
 )
 def layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, *tail):
     tail = (eps, dtype, *tail)
@@ -144,22 +145,21 @@ def layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, dtype, *tail):
             for out in kernel.layer_norm_fwd(x, gamma, beta, b, residual, p, seed, *tail)
             if out is not None
         ]
-    if dtype == sum_dtype(x, residual) and uses_native(x, residual):
+    if dtype == tail[-1] == sum_dtype(x, residual) and uses_native(x, residual):
         from ..kernels import native
 
-        return native.layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, *tail[2:])
+        return native.layer_norm_fwd(x, gamma, beta, b, residual, p, seed, eps, *tail[2:-1])
     keep = drawn(x.shape[0], x.shape[1], p, seed)
     outputs = forward_definition(x, gamma, beta, b, residual, p, keep, *tail)
     return list(contiguous(*outputs))
 
 
 @layer_norm_fwd.register_fake
-def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum):
-    wide = torch.promote_types(dtype, torch.float32)
-    rows, numbers = (x.shape, dtype), (x.shape[:1], wide)
+def _(x, gamma, beta, b, residual, p, seed, eps, dtype, keeps, returns_sum, kept_dtype):
+    numbers = (x.shape[:1], torch.promote_types(dtype, torch.float32))
     total = [(x.shape, sum_dtype(x, residual))] if returns_sum else []
-    kept = [numbers] * 2 if keeps_sum(b, residual, p, returns_sum) else [rows, numbers]
-    outputs = [rows, *total, *(kept if keeps else [])]
+    rows = numbers if keeps_sum(b, residual, p, returns_sum) else (x.shape, kept_dtype)
+    outputs = [(x.shape, dtype), *total, *([rows, numbers] if keeps else [])]
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in outputs]
 
 
@@ -229,6 +229,7 @@ class _LayerNorm(torch.autograd.Function):
             dtype,
             ctx.keeps,
             returns_sum,
+            dtype,
         )
         total = shaped(others[0], x.shape) if returns_sum else None
         if ctx.keeps and keeps_sum(b, residual, p, returns_sum):

@@ -26,6 +26,7 @@ from bitfit_fast.kernels import (
     attention,
     column_sum,
     dropout,
+    embedding,
     layer_norm,
     linear,
 )
@@ -91,6 +92,9 @@ def launches_of_row_counts():
         yield f"{m} rows", activation.activation_bwd, (a, a, v)
         yield f"{m} rows", layer_norm.layer_norm_fwd, (a, v, v, v, a)
         yield f"{m} rows", layer_norm.layer_norm_bwd, (a, a, None, rstd, v)
+        ids, tables = [empty(m, dtype=torch.int64)] * 3, [empty(m + 1, 768)] * 3
+        given = (v, v, ids, tables, 1e-12, torch.bfloat16)
+        yield f"{m} rows", embedding.embedding_layer_norm, given
         yield f"{m} rows", linear.linear_bwd, (a, empty(768, 768, dtype=torch.bfloat16))
         inputs, most = attention_inputs(m, m, 64, m, torch.bfloat16), 512 + m
         options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
@@ -153,24 +157,33 @@ def launches():
             tail = f"{at} dropout={p} prenorm={prenorm}"
             arguments = (a, v, v, v, a, p, seed, 1e-5, dtype, True, prenorm)
             yield f"layer_norm_fwd {tail}", layer_norm.layer_norm_fwd, arguments
+            mean, dsum = (rstd, a) if prenorm else (None, None)
+            after = (a, mean, rstd, v, dsum, p, seed, dtype, dtype, True, True)
+            for dgamma in (False, True):
+                what = f"layer_norm_bwd {tail} dgamma={dgamma}"
+                yield what, layer_norm.layer_norm_bwd, (a, *after, dgamma)
+            if name == "bf16" and not prenorm:  # the last one of a stack
+                arguments = (*arguments[:8], torch.float32, True, False, dtype)
+                yield f"layer_norm_fwd {tail} to fp32", layer_norm.layer_norm_fwd, arguments
+                what = f"layer_norm_bwd {tail} from fp32"
+                yield what, layer_norm.layer_norm_bwd, (empty(m, n), *after)
+        for count in range(1, 4):
+            ids, tables = [empty(m, dtype=torch.int64)] * count, [empty(30000, n)] * count
+            what = f"embedding_layer_norm {at} {count} tables"
+            yield what, embedding.embedding_layer_norm, (v, v, ids, tables, 1e-12, dtype)
         yield f"layer_norm_fwd {at} alone", layer_norm.layer_norm_fwd, (a, v, v)
         for dgamma in (False, True):
             arguments = (a, a, rstd, rstd, v)
             what = f"layer_norm_bwd {at} alone dgamma={dgamma}"
             needs = {"needs_db": False, "needs_dgamma": dgamma}
             yield what, functools.partial(layer_norm.layer_norm_bwd, **needs), arguments
-            for dgamma in (False, True):
-                mean, dsum = (rstd, a) if prenorm else (None, None)
-                arguments = (a, a, mean, rstd, v, dsum, p, seed, dtype, dtype)
-                what = f"layer_norm_bwd {tail} dgamma={dgamma}"
-                yield what, layer_norm.layer_norm_bwd, (*arguments, True, True, dgamma)
     yield "add_segments", _reduce.add_segments, segments(70)
     yield from launches_of_attention()
 
 
 def compiled(capability, launches):
     """Yield what the assembler says of each kernel that the launches need."""
-    for module in (activation, column_sum, layer_norm, linear):
+    for module in (activation, column_sum, embedding, layer_norm, linear):
         module.processors = lambda tensor: PROCESSORS
     driver.set_active(NamedDriver(capability))
     # the log comes with an assembler's run, not from the cache

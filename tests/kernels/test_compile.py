@@ -72,6 +72,7 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(
         "layer_norm_bwd_kernel",
         "linear_bwd_kernel",
         "dropout_kernel",
+        "embedding_layer_norm_kernel",
         "attention_fwd_kernel",
         "attention_bwd_kernel",
         "attention_bwd_kv_kernel",
@@ -89,6 +90,7 @@ def test_no_row_count_compiles_a_kernel_again():
             *("column_sum", "add_partial_rows", "add_segments"),
             *("activation_fwd", "activation_bwd"),
             *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd", "dropout"),
+            "embedding_layer_norm",
             *("attention_fwd", "attention_bwd", "attention_bwd_kv"),
         )
     )

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-import bitfit_fast.ops  # noqa: F401
+import bitfit_fast.ops.embedding  # noqa: F401
 from bitfit_fast.encoder.sums import column_rows, layer_norm_rows
 
 ops = torch.ops.bitfit_fast
@@ -103,7 +103,7 @@ def test_linear_activation_bwd_on_every_layout(randn):
 @pytest.mark.parametrize("returns_sum", [False, True])
 def test_layer_norm_fwd_on_every_choice(keeps, returns_sum, randn, seed):
     x, gamma = randn(ROWS, COLUMNS, dtype=torch.bfloat16), randn(COLUMNS)
-    tail = (1e-5, torch.float32, keeps, returns_sum)
+    tail = (1e-5, torch.float32, keeps, returns_sum, torch.bfloat16)
     check(ops.layer_norm_fwd, x, gamma, None, None, None, 0.0, None, *tail)
     parts = (randn(COLUMNS), randn(COLUMNS), randn(ROWS, COLUMNS))
     check(ops.layer_norm_fwd, x, gamma, *parts, 0.25, seed, *tail)
@@ -112,10 +112,20 @@ def test_layer_norm_fwd_on_every_choice(keeps, returns_sum, randn, seed):
 def test_layer_norm_fwd_on_every_layout(randn):
     for x, residual in zip(layouts(randn), reversed(layouts(randn))):
         parts = (randn(COLUMNS), None, None, residual, 0.0, None)
-        check_layout(ops.layer_norm_fwd, x, *parts, 1e-5, torch.float32, True, True)
+        check_layout(ops.layer_norm_fwd, x, *parts, 1e-5, torch.float32, True, True, torch.float32)
     for x in layouts(randn):
         parts = (randn(COLUMNS), None, None, None, 0.0, None)
-        check_layout(ops.layer_norm_fwd, x, *parts, 1e-5, torch.float32, True, True)
+        check_layout(ops.layer_norm_fwd, x, *parts, 1e-5, torch.float32, True, True, torch.float32)
+
+
+def test_embedding_layer_norm_on_every_choice(randn, device):
+    ids = [torch.arange(ROWS, device=device) % 3, torch.arange(ROWS, device=device)]
+    tables = [randn(3, COLUMNS), randn(ROWS, COLUMNS)]
+    for count, beta in itertools.product((1, 2), (None, randn(COLUMNS))):
+        given = (randn(COLUMNS), beta, ids[:count], tables[:count], 1e-5, torch.bfloat16)
+        check(ops.embedding_layer_norm, *given)
+    given = (randn(COLUMNS), None, [ids[0][:1].expand(ROWS)], [randn(COLUMNS, 9).t()])
+    check_layout(ops.embedding_layer_norm, *given, 1e-5, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_the_kernels_equal_the_definition(p, dtype, returns_sum, randn, seed):
     dy, dsum = randn(21, 33, dtype=dtype), randn(21, 33, dtype=dtype)
     keep = kept(21, 33, p, seed) if p else None
     vectors = (inputs["x"], *(inputs[name] for name in ("gamma", "beta", "b", "residual")), p)
-    tail = (EPS, dtype, True, returns_sum)
+    tail = (EPS, dtype, True, returns_sum, dtype)
     found = torch.ops.bitfit_fast.layer_norm_fwd(*vectors, seed, *tail)
     expected = module.forward_definition(*vectors, keep, *tail)
     of_sum = expected[1:] if returns_sum else (expected[1], None, expected[2])
@@ -218,6 +218,22 @@ def test_the_kernels_equal_the_definition(p, dtype, returns_sum, randn, seed):
         # of 16-bit numbers, the last bit may differ; sums and statistics are in fp32
         close = max(torch.finfo(one.dtype).eps, 2.0**-20)
         torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
+@kernels_only
+def test_the_output_may_be_wider_than_what_is_kept(randn):
+    inputs = part_inputs(randn, (21, 33), torch.bfloat16)
+    vectors = (inputs["x"], *(inputs[name] for name in ("gamma", "beta", "b", "residual")), 0.0)
+    narrow, wide = torch.bfloat16, torch.float32
+    y, xhat, rstd = torch.ops.bitfit_fast.layer_norm_fwd(
+        *vectors, None, EPS, wide, True, False, narrow
+    )
+    expected = torch.ops.bitfit_fast.layer_norm_fwd(
+        *vectors, None, EPS, narrow, True, False, narrow
+    )
+    assert y.dtype == wide
+    torch.testing.assert_close(y.to(narrow), expected[0], rtol=2.0**-7, atol=2.0**-7)
+    assert torch.equal(xhat, expected[1]) and torch.equal(rstd, expected[2])
 
 
 def names(kept_tensors, inputs):
