@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from bitfit_fast import arena
 from bitfit_fast.encoder import encoder_of, stack, sums
 from bitfit_fast.files import write_json
 from bitfit_fast.kernels._launch import column_config
@@ -177,7 +178,9 @@ def _column_sum(args: tuple[Any, ...], out: Any) -> Work:
 
 def _add_segments(args: tuple[Any, ...], out: Any) -> Work:
     table = args[1].tolist()
-    numbers = sum(rows * columns + 2 * columns for _, rows, _, columns, _ in table)
+    # the sums are written, and read before where they are added to what is there
+    ends = 1 + args[4]
+    numbers = sum((rows + ends) * columns for _, rows, _, columns, _ in table)
     return Work(1, 4 * numbers + _size([args[1]]))
 
 
@@ -188,18 +191,29 @@ def _embedding_layer_norm(args: tuple[Any, ...], out: Any) -> Work:
     return Work(1, rows + _size(_tensors((gamma, beta, ids, out))))
 
 
+def _squares(args: tuple[Any, ...], out: Any) -> Work:
+    return Work(1, _size(_tensors((args, out))) + _size([args[1]]))
+
+
+def _adamw(args: tuple[Any, ...], out: Any) -> Work:
+    return Work(1, _size(_tensors(args)) + _size(list(args[:4])))
+
+
 _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "activation_bwd": _activation_bwd,
     "activation_bwd_partial": _layer_norm_fwd,
     "activation_fwd": _layer_norm_fwd,
+    "adamw_": _adamw,
     "add_segments": _add_segments,
     "column_sum": _column_sum,
+    "column_sum_partial": _layer_norm_fwd,
     "dropout": _layer_norm_fwd,
     "embedding_layer_norm": _embedding_layer_norm,
     "layer_norm_bwd": _layer_norm_bwd,
     "layer_norm_bwd_partial": _layer_norm_fwd,
     "layer_norm_fwd": _layer_norm_fwd,
     "linear_activation_bwd": _linear_activation_bwd,
+    "squares": _squares,
 }
 
 
@@ -422,14 +436,12 @@ def _loading(mode: _Mode) -> Any:
     """Return what stands in for taking over a batch: messages to the GPU, made by the host."""
     load = fixed._Inputs.load
 
-    def loading(self, batch, lengths):  # type: ignore[no-untyped-def]
+    def loading(self, batch, lengths, lr):  # type: ignore[no-untyped-def]
         with _disable_current_modes():
-            load(self, batch, lengths)
+            load(self, batch, lengths, lr)
         apart = [] if self._rides(batch) else self.others.values()
         for tensor in (self._table, *apart):
             mode.counted.note("message", Work(1, _size([tensor])))
-        # the learning rate, which lies in a tensor then
-        mode.counted.note("fill_", Work(1, 4))
 
     return loading
 
@@ -456,6 +468,7 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
         mock.patch.object(stack, "attention_sums", _attention_sums),
         mock.patch.object(stack, "defers", lambda tensor: True),
         mock.patch.object(install, "gathers", lambda table: True),
+        mock.patch.object(arena, "uses_triton", lambda tensor: True),
         mock.patch.object(sums, "processors", lambda tensor: DEVICE.processors),
         mock.patch.object(fixed._Inputs, "load", _loading(mode)),
         mock.patch.object(F, "scaled_dot_product_attention", _flash(mode)),

@@ -18,6 +18,8 @@ from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 from .errors import BitFitError, listed
+from .ops._backend import uses_triton
+from .ops.adamw import adamw_, squares
 
 __all__ = ["Arena", "ArenaAdamW"]
 
@@ -303,8 +305,24 @@ class ArenaAdamW(torch.optim.AdamW):
         self.arena.zero_gradients()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters from their gradients; return what `closure` returns."""
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float = 0.0,
+        lr: Tensor | None = None,
+    ) -> Any:
+        """Update the parameters from their gradients; return what `closure` returns.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the gradients.
+        max_norm : float
+            Clips the gradients first, as `nn.utils.clip_grad_norm_` does; 0 does not.
+        lr : Tensor, optional
+            On the device, in the place of the groups' learning rates.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -314,21 +332,37 @@ class ArenaAdamW(torch.optim.AdamW):
         if on_gpu and not capturable and torch.cuda.is_current_stream_capturing():
             raise BitFitError("a CUDA graph needs ArenaAdamW with capturable=True")
         self.arena.check()
-        for group, (values, gradients, exp_avgs, exp_avg_sqs, steps) in zip(
-            self.param_groups, self._runs
-        ):
+        rates = [group["lr"] if lr is None else lr for group in self.param_groups]
+        # what a gradient scaler sets for fused optimisers
+        scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        in_kernels = all(isinstance(rate, Tensor) for rate in rates) and self._positive_betas
+        partial = None
+        if max_norm and scale is overflow is None:
+            if in_kernels and uses_triton(self.arena.values):
+                partial = squares(self.arena.gradients, self._steps)
+            else:
+                scale = self.arena.clipping(max_norm)
+        for group, rate, runs in zip(self.param_groups, rates, self._runs):
+            if partial is not None:
+                options = (*group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+                for run in zip(*runs):
+                    adamw_(*run, rate, partial, max_norm, *options)
+                continue
+            values, gradients, exp_avgs, exp_avg_sqs, steps = runs
             adamw(
                 values, gradients, exp_avgs, exp_avg_sqs, [], steps,
                 fused=True, capturable=capturable, amsgrad=False, maximize=group["maximize"],
                 beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-                lr=group["lr"], weight_decay=group["weight_decay"],
-                # what a gradient scaler sets for fused optimisers
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
+                lr=rate, weight_decay=group["weight_decay"],
+                grad_scale=scale, found_inf=overflow,
             )  # fmt: skip
         # autograd does not see that the parameters changed with the buffer
         increment_version(list(self._names))
         return loss
+
+    @property
+    def _positive_betas(self) -> bool:
+        return all(min(group["betas"]) > 0 for group in self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `torch.optim.AdamW` over the same parameters returns."""

@@ -10,7 +10,9 @@ from torch import Tensor
 __all__ = [
     "ACTIVATIONS",
     "MAX_COLUMNS",
+    "MOST_PARTS",
     "MOST_TABLES",
+    "PART",
     "ROUNDS",
     "keeps_sum",
     "quantisation",
@@ -32,6 +34,10 @@ MAX_COLUMNS = 8192
 
 #: Tables of embeddings whose rows one kernel adds.
 MOST_TABLES = 3
+
+#: Numbers that a program of the optimiser takes at once, and the most partial sums of squares,
+#: which every program of the update adds up again.
+PART, MOST_PARTS = 1024, 512
 
 #: Rounds of Philox4x32: the fewest that pass its statistical tests (Salmon et al. 2011).
 ROUNDS = 7

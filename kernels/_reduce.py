@@ -54,6 +54,7 @@ def _add_segments_kernel(
     partial_ptr,  # fp32
     table_ptr,  # [S, 5], int32
     out_ptr,  # fp32
+    ADDS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -76,11 +77,15 @@ def _add_segments_kernel(
         at = start + rows[:, None] * stride + cols[None, :]
         acc += tl.load(partial_ptr + at, mask=(rows < P)[:, None] & in_row[None, :], other=0.0)
     out_at = out_ptr + to + cols
-    before = tl.load(out_at, mask=in_row, other=0.0)
-    tl.store(out_at, before + tl.sum(acc, axis=0), mask=in_row)
+    total = tl.sum(acc, axis=0)
+    if ADDS:
+        total += tl.load(out_at, mask=in_row, other=0.0)
+    tl.store(out_at, total, mask=in_row)
 
 
-def add_segments(partial: Tensor, table: Tensor, widest: int, out: Tensor) -> None:
+def add_segments(
+    partial: Tensor, table: Tensor, widest: int, out: Tensor, adds: bool = True
+) -> None:
     """Add partial rows, and each sum to what is there.
 
     Parameters
@@ -93,12 +98,14 @@ def add_segments(partial: Tensor, table: Tensor, widest: int, out: Tensor) -> No
         The most columns of any.
     out : Tensor
         fp32, contiguous; written from `to` of each sum on.
+    adds : bool
+        Whether sums are added to what is there; else they take its place.
     """
     grid = (len(table), cdiv(widest, _BLOCK_N))
     if grid[0] * grid[1]:
         with device_guard(partial):
             _add_segments_kernel[grid](
-                partial, table, out, BLOCK_P=_BLOCK_P, BLOCK_N=_BLOCK_N, num_warps=8
+                partial, table, out, ADDS=adds, BLOCK_P=_BLOCK_P, BLOCK_N=_BLOCK_N, num_warps=8
             )
 
 

@@ -74,7 +74,11 @@ def _column_sum_kernel(
 
 
 def column_sum(
-    dy: Tensor, offsets: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    dy: Tensor,
+    offsets: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    partial: Tensor | None = None,
 ) -> Tensor:
     """Add the rows of a matrix, segment by segment.
 
@@ -88,6 +92,9 @@ def column_sum(
         Probability with which dropout dropped an element, below 1.
     seed : Tensor, optional
         `[1]` int64 on the device of `dy`; needed with `p > 0`.
+    partial : Tensor, optional
+        `[S, P, N]` fp32, contiguous: where partial rows go that the caller will add, and what is
+        returned then.
 
     Returns
     -------
@@ -97,8 +104,10 @@ def column_sum(
     rows, columns = dy.shape
     segments = 1 if offsets is None else offsets.numel() - 1
     config = column_config(cdiv(rows, max(1, segments)), columns, processors(dy), segments)
-    partial_rows = config.pop("P")
-    partial = torch.empty(segments, partial_rows, columns, dtype=torch.float32, device=dy.device)
+    size, later = (segments, config.pop("P"), columns), partial is not None
+    if partial is None:
+        partial = torch.empty(size, dtype=torch.float32, device=dy.device)
+    partial_rows = partial.shape[1]
     if partial.numel():
         grid = (segments, cdiv(columns, config["BLOCK_N"]), partial_rows)
         with device_guard(dy):
@@ -118,5 +127,7 @@ def column_sum(
                 HAS_DROPOUT=p > 0,
                 **config,
             )
+    if later:
+        return partial
     db = add_partial_rows(partial)
     return db[0] if offsets is None else db

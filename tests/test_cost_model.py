@@ -50,6 +50,10 @@ def test_no_count_grows(now, before, variant):
     assert not grown, f"{variant}: {grown} (before, now)"
 
 
+def test_the_fast_step_makes_few_launches(now):
+    assert now["fast"]["launches"] <= 219
+
+
 def test_the_fast_step_does_less_than_the_reference(now):
     for key in (*GUARDED, "predicted_ms"):
         assert now["fast"][key] < now["reference"][key], key

@@ -88,8 +88,12 @@ class Encoder:
         The family's.
     embeddings : nn.Module
         What the stack's input comes from.
+    embedding_name : str or None
+        Of the bias of their LayerNorm.
     sinks : list of Tensor or None, optional
         Where gradients are added; see `Stack`.
+    overwrites : bool
+        Whether those of the next batch take the place of what is there.
     projects : bool
         Whether there is a projection between embeddings and layers.
     reads_padding : bool
@@ -115,7 +119,9 @@ class Encoder:
     frozen: dict[str, nn.Parameter]
     row: StackRow
     embeddings: nn.Module
+    embedding_name: str | None = None
     sinks: Sequence[Tensor | None] | None = None
+    overwrites: bool = False
     projects: bool = False
     reads_padding: bool = False
     packing: Packing | None = None
@@ -145,7 +151,7 @@ class Encoder:
             return
         self.sinks = [
             None if name not in arena.slices else arena.view(name, arena.gradients)
-            for name in self.names
+            for name in (*self.names, self.embedding_name)
         ]
 
     @property
@@ -264,7 +270,9 @@ class Encoder:
                     "computes no gradient of weights; unpatch the model first"
                 )
         rows, dtype = hidden.flatten(0, 1), self.dtype or hidden.dtype
-        y = self.stack(rows, self.biases, packing, bias, self.beta, self.sinks, dtype)
+        overwrites, self.overwrites = self.overwrites, False
+        given = (rows, self.biases, packing, bias, self.beta, self.sinks, dtype, overwrites)
+        y = self.stack(*given)
         return y[:, None] if self.stack.first_only else packing.pad(y)
 
 
@@ -446,6 +454,9 @@ def install(
         frozen,
         row,
         base.embeddings,  # type: ignore[arg-type]
+        f"{prefix}{family.outside['embedding-layernorm']}"
+        if "embedding-layernorm" in family.outside
+        else None,
         projects=hasattr(base, "embeddings_project"),
         reads_padding=(
             head.endswith(row.padding) or elsewhere if reads_padding is None else reads_padding

@@ -35,7 +35,7 @@ from ..ops._backend import uses_triton
 from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout, new_seed
 from ..ops.layer_norm import layer_norm_bwd, layer_norm_fwd
-from ..ops.partial import activation_bwd_partial, layer_norm_bwd_partial
+from ..ops.partial import activation_bwd_partial, column_sum_partial, layer_norm_bwd_partial
 from ..packing import Packing
 from .attention import attention_bwd, attention_fwd, attention_sums, joined
 from .product import Product
@@ -185,6 +185,7 @@ class Stack:
         embedding_beta: Tensor | None = None,
         sinks: Sequence[Tensor | None] | None = None,
         dtype: torch.dtype | None = None,
+        overwrites: bool = False,
     ) -> Tensor:
         """Run all layers.
 
@@ -203,16 +204,19 @@ class Stack:
             It is computed from those of q, k and v without the gradient of `x`.
         sinks : sequence of Tensor, optional
             Where the gradient of each bias is added, instead of being handed to autograd;
-            None for those that do not train.
+            None for those that do not train. With one more, where that of `embedding_beta` is
+            added, by a backward pass that then lets it be its `grad`.
         dtype : torch.dtype, optional
             Of the output; by default that of `x`.
+        overwrites : bool
+            Whether gradients take the place of what is in the sinks.
 
         Returns
         -------
         Tensor
             `[T, d]`, or `[B, d]` with `first_only`. It cannot be differentiated twice.
         """
-        run = _Run(self, packing, bias, sinks, dtype or x.dtype)
+        run = _Run(self, packing, bias, sinks, dtype or x.dtype, embedding_beta, overwrites)
         with torch.autocast(x.device.type, enabled=False):
             return _Encoder.apply(run, torch.is_grad_enabled(), x, embedding_beta, *biases)
 
@@ -278,6 +282,8 @@ class _Run:
     bias: Tensor | None
     sinks: Sequence[Tensor | None] | None
     dtype: torch.dtype
+    embedding_beta: Tensor | None
+    overwrites: bool
     needs: tuple[bool, ...] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
 
@@ -365,16 +371,20 @@ class _Run:
         """Let second stages of sums run together, where they are launches."""
         if not defers(dy) or not any(self.needs):
             return
-        sinks = list(self.sinks or [None] * len(self.needs))
-        places = {i: s for i, s in enumerate(sinks) if s is not None and self.needs[i]}
+        needs = (*self.needs, self.needs_embedding_beta)
+        places = {i: s for i, s in enumerate(self.sinks or ()) if s is not None and needs[i]}
         owners = {sink.untyped_storage().data_ptr() for sink in places.values()}
-        if len(owners) != 1 or len(places) < sum(self.needs):
+        of_sinks = len(owners) == 1 and len(places) == sum(needs)
+        if not of_sinks:
             places = self._own_places(dy.device)
-        self.sums = Sums(places, few=self._recomputes)
+        self.sums = Sums(places, self._recomputes, self.overwrites and of_sinks)
 
     def _own_places(self, device: torch.device) -> dict[int, Tensor]:
         """Return gradients of zero, in one piece of memory."""
         needed = {i: b for i, b in enumerate(self.biases) if b is not None and self.needs[i]}
+        if self.needs_embedding_beta:
+            assert self.embedding_beta is not None
+            needed[len(self.needs)] = self.embedding_beta
         # at 64 bytes, as in tensors that PyTorch makes
         sizes = [-(-bias.numel() // 16) * 16 for bias in needed.values()]
         parts = torch.zeros(sum(sizes), dtype=torch.float32, device=device).split(sizes)
@@ -399,6 +409,7 @@ class _Run:
         """Return the gradients of the embeddings' bias and of each bias, and let go of all else."""
         if self.sums is not None:
             self.sums.add()
+            self._finish_embedding_beta(self.sums)
         for index, (bias, needed) in enumerate(zip(self.biases, self.needs)):
             if not needed or self.gradients[index] is not None:
                 continue
@@ -414,16 +425,29 @@ class _Run:
         # what was kept for layers that the backward pass did not reach
         self.kept, self.biases, self.joined, self.sums = [], (), None, None
         into, added = [], []
-        for index, sink in enumerate(self.sinks or ()):
+        for index, sink in enumerate((self.sinks or ())[: len(gradients)]):
             gradient = gradients[index]
             if sink is not None and gradient is not None:
                 into.append(sink)
                 added.append(gradient)
                 gradients[index] = None
-        if into:
+        if into and self.overwrites:
+            torch._foreach_copy_(into, added)
+        elif into:
             torch._foreach_add_(into, added)
         embedding_gradient, self.embedding_gradient = self.embedding_gradient, None
         return [embedding_gradient, *gradients]
+
+    def _finish_embedding_beta(self, sums: Sums) -> None:
+        """Hand the deferred gradient of the embeddings' bias on, unless it is in its sink."""
+        index, beta = len(self.needs), self.embedding_beta
+        if beta is None or index not in self.deferred:
+            return
+        place = sums.places[index]
+        if not self.sinks or len(self.sinks) <= index or place is not self.sinks[index]:
+            self.embedding_gradient = place
+        elif beta.grad is None:
+            beta.grad = place
 
     # ------------------------------------------------------------------ forward
 
@@ -639,7 +663,10 @@ class _Run:
             dy, residual = below
         if stack.entry is not None:
             return self._enter_bwd(dy, residual)
-        if self.needs_embedding_beta:
+        if self.needs_embedding_beta and self.sums is not None:
+            partial = self._take([len(self.needs)], column_rows(dy), dy.shape[1])
+            column_sum_partial(dy, partial)
+        elif self.needs_embedding_beta:
             self.embedding_gradient = bias_gradient(dy)
         return dy
 

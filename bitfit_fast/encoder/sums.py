@@ -16,9 +16,9 @@ from ..ops.partial import add_segments
 
 __all__ = ["Sums", "defers"]
 
-#: Numbers of partial rows that are kept until they are added: 32 MB, which a GPU's cache holds;
-#: and where memory is to be saved.
-_ROOM, _FEW = 2**23, 2**20
+#: Numbers of partial rows that are kept until they are added: 48 MB, which a GPU's cache holds,
+#: and BERT-base needs 38; and where memory is to be saved.
+_ROOM, _FEW = 3 * 2**22, 2**20
 #: Tables of sums that are remembered.
 _REMEMBERED = 64
 
@@ -49,6 +49,8 @@ class Sums:
         Gradients by the number of their bias: contiguous, fp32, all in one piece of memory.
     few : bool
         Whether memory is to be saved.
+    overwrites : bool
+        Whether sums take the place of what is there, rather than being added to it.
     """
 
     #: By device and contents.
@@ -56,8 +58,10 @@ class Sums:
     #: Those that captured graphs read, which have to stay.
     _captured: ClassVar[dict[tuple[object, ...], Tensor]] = {}
 
-    def __init__(self, places: dict[int, Tensor], few: bool = False) -> None:
-        self.places, self._room = places, _FEW if few else _ROOM
+    def __init__(
+        self, places: dict[int, Tensor], few: bool = False, overwrites: bool = False
+    ) -> None:
+        self.places, self._room, self._adds = places, _FEW if few else _ROOM, not overwrites
         self._begin = min(places.values(), key=Tensor.data_ptr)
         self._partial: Tensor | None = None
         self._used = 0
@@ -101,7 +105,7 @@ class Sums:
         if self._segments:
             assert self._partial is not None
             widest = max(segment[3] for segment in self._segments)
-            add_segments(self._partial, self._table(), widest, self._begin)
+            add_segments(self._partial, self._table(), widest, self._begin, self._adds)
         self._segments, self._used = [], 0
 
     def _table(self) -> Tensor:

@@ -7,16 +7,20 @@ several layers at once, and adds them to the gradients where they lie.
 
 from __future__ import annotations
 
-import torch
-
 from ..kernels._constants import MAX_COLUMNS
 from ._autograd import contiguous, operation
 from ._backend import uses_triton
 from .activation import backward_definition as activation_definition
+from .column_sum import definition as column_sum_definition
 from .dropout import drawn
 from .layer_norm import backward_definition as layer_norm_definition
 
-__all__ = ["activation_bwd_partial", "add_segments", "layer_norm_bwd_partial"]
+__all__ = [
+    "activation_bwd_partial",
+    "add_segments",
+    "column_sum_partial",
+    "layer_norm_bwd_partial",
+]
 
 
 def _as_first(sums, partial):
@@ -81,25 +85,45 @@ def _(dh, kept, b, act, partial):
 
 
 @operation(
+    "column_sum_partial",
+    "(Tensor dy, Tensor(a!) partial) -> ()",
+    writes=("partial",),
+)
+def column_sum_partial(dy, partial):
+    """Do what `column_sum` does, with the sum in partial rows `[1, P, N]`."""
+    if uses_triton(dy):
+        from ..kernels import column_sum as kernel
+
+        kernel.column_sum(dy, partial=partial)
+        return
+    _as_first(column_sum_definition(dy)[None], partial)
+
+
+@column_sum_partial.register_fake
+def _(dy, partial):
+    return None
+
+
+@operation(
     "add_segments",
-    "(Tensor partial, Tensor table, int widest, Tensor(a!) out) -> ()",
+    "(Tensor partial, Tensor table, int widest, Tensor(a!) out, bool adds) -> ()",
     writes=("out",),
 )
-def add_segments(partial, table, widest, out):
+def add_segments(partial, table, widest, out, adds):
     """Add partial rows, and the sums to what begins where `out` begins; see the kernel's."""
     if uses_triton(partial):
         from ..kernels import _reduce as kernel
 
-        kernel.add_segments(partial, table, widest, out)
+        kernel.add_segments(partial, table, widest, out, adds)
         return
     # what is to be written may reach beyond the tensor that begins where it begins
     flat = out.as_strided((out.untyped_storage().nbytes() // 4,), (1,), 0)
     for first, rows, stride, columns, to in table.tolist():
         sums = partial.as_strided((rows, columns), (stride, 1), first)
-        at = out.storage_offset() + to
-        flat[at : at + columns] += torch.sum(sums, 0)
+        there = flat[out.storage_offset() + to :][:columns]
+        there.copy_(there + sums.sum(0) if adds else sums.sum(0))
 
 
 @add_segments.register_fake
-def _(partial, table, widest, out):
+def _(partial, table, widest, out, adds):
     return None

@@ -76,6 +76,7 @@ class FastStep:
         if self.encoder is not None:
             self.encoder.write_to(self.arena)
         self.steps = 0
+        self._one: Tensor | None = None
         #: Bytes that a step may take.
         self.room = _free_memory(self.device)
         if self.room is not None and self.encoder is not None:
@@ -106,13 +107,13 @@ class FastStep:
         """
         if self.plan.token_budget:
             check_budget(batch, self.plan.token_budget)
-        self.optimizer.set_lr(self.plan.lr_at(self.steps))
-        loss = None
+        lr, loss = self.plan.lr_at(self.steps), None
         # the first step tells which parameters get no gradient
         if self.steps and self.fixed is not None:
             self.arena.check()
-            loss = self.fixed(batch)
+            loss = self.fixed(batch, lr)
         if loss is None:
+            self.optimizer.set_lr(lr)
             loss = self._eager(batch)
         self.steps += 1
         return loss
@@ -124,7 +125,7 @@ class FastStep:
         try:
             inputs = for_model(self.model, move(batch, self.device))
             loss = forward(self.model, inputs).loss
-            loss.backward()
+            self._backward(loss)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -135,21 +136,27 @@ class FastStep:
             parameter.grad = None  # for the caller to see
         return loss.detach()
 
-    def _trained(self, inputs: dict[str, Any]) -> Tensor:
-        """Train on what the model takes; return the loss."""
-        self.arena.zero_gradients()
-        # what autograd makes is then copied to the arena at once, not added one by one
+    def _trained(self, inputs: dict[str, Any], lr: Tensor) -> Tensor:
+        """Train on what the model takes, with this learning rate; return the loss."""
+        assert self.encoder is not None
+        # what autograd makes is then copied to the arena at once, not added one by one; and what
+        # the encoder makes takes the place of what is there, so that nothing has to be zero
         self._without_gradient()
+        self.encoder.overwrites = True
         loss = forward(self.model, inputs).loss
-        loss.backward()
-        self._update()
+        self._backward(loss)
+        self._update(lr)
         return loss.detach()
 
-    def _update(self) -> None:
+    def _backward(self, loss: Tensor) -> None:
+        """Compute gradients from a tensor of 1, which autograd would make anew each time."""
+        if self._one is None or (self._one.dtype, self._one.shape) != (loss.dtype, loss.shape):
+            self._one = torch.ones_like(loss)
+        loss.backward(self._one)
+
+    def _update(self, lr: Tensor | None = None) -> None:
         self.arena.all_reduce()
-        if self.plan.grad_clip:
-            self.optimizer.grad_scale = self.arena.clipping(self.plan.grad_clip)
-        self.optimizer.step()
+        self.optimizer.step(max_norm=self.plan.grad_clip, lr=lr)
 
     def _what_fits(self, batch: Batch) -> str:
         """Say which batches would have fitted, by what the layers keep of a token."""

@@ -112,6 +112,8 @@ class _Inputs:
         self._by_token = by_token
         self.packing: Packing
         self._parts: dict[str, slice] = {}
+        #: The learning rate, where the optimiser reads it.
+        self.lr = torch.zeros((), device=device)
         #: What the base model is given, and what its head is given.
         self.own: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
@@ -137,7 +139,8 @@ class _Inputs:
         if "token_type_ids" in batch:
             names.append("token_type_ids")
         cuts = budget.sequences + budget.spare + 1
-        sizes = {"starts": -(-cuts // 2), "first": budget.sequences, "rows": budget.tokens}
+        sizes = {"starts": -(-cuts // 2), "lr": 1, "first": budget.sequences}
+        sizes["rows"] = budget.tokens
         sizes |= dict.fromkeys(names, budget.tokens)
         labels = batch.get("labels")
         if labels is not None and labels.dtype == torch.int64 and labels.ndim == 1:
@@ -150,6 +153,7 @@ class _Inputs:
                 self._layout = slice(0, end)
         self._table = torch.zeros(end, dtype=torch.int64, device=self.device)
         self._cuts = cuts
+        self.lr = self._part(self._table, "lr")
         tables = {name: self._part(self._table, name) for name in ("starts", "first", "rows")}
         self._tables = {**tables, "each": FixedPacking.queries(budget, self.device)}
         self.own = {name: self._part(self._table, name)[None] for name in names}
@@ -158,6 +162,8 @@ class _Inputs:
 
     def _part(self, table: Tensor, name: str) -> Tensor:
         part = table[self._parts[name]]
+        if name == "lr":
+            return part.view(torch.float32)[0]
         return part.view(torch.int32)[: self._cuts] if name == "starts" else part
 
     def _sent(self, tensor: Tensor) -> Tensor:
@@ -171,14 +177,15 @@ class _Inputs:
             return False
         return {batch[key].device.type for key in ("input_ids", "labels")} == {"cpu"}
 
-    def load(self, batch: Batch, lengths: Sequence[int] | None) -> None:
-        """Take a batch over, without waiting for the device."""
+    def load(self, batch: Batch, lengths: Sequence[int] | None, lr: float) -> None:
+        """Take a batch and a learning rate over, without waiting for the device."""
         if self.budget is None:
+            self.lr.fill_(lr)
             images = self._sent(batch["pixel_values"])
             self.own["pixel_values"].copy_(images, non_blocking=True)
         else:
             assert lengths is not None
-            self._load_tokens(batch, lengths, self.budget)
+            self._load_tokens(batch, lengths, self.budget, lr)
         if "labels" in self.others and not self._rides(batch):
             given, labels = self._sent(batch["labels"]), self.others["labels"]
             if self._by_token:
@@ -186,13 +193,14 @@ class _Inputs:
                 labels = labels[:, : given.shape[1]]
             labels.copy_(given, non_blocking=True)
 
-    def _load_tokens(self, batch: Batch, lengths: Sequence[int], budget: Budget) -> None:
+    def _load_tokens(self, batch: Batch, lengths: Sequence[int], budget: Budget, lr: float) -> None:
         ids = batch["input_ids"]
         tables = FixedPacking.tables(budget, lengths, ids.shape[1])
         source = self._sent(tables.pop("source")).to(ids.device, non_blocking=True)
         pins = self.device.type == "cuda"
         # a new one each time: that of the step before may not have been read yet
         host = torch.empty(len(self._table), dtype=torch.int64, device="cpu", pin_memory=pins)
+        self._part(host, "lr").fill_(lr)
         for name, table in tables.items():
             self._part(host, name).copy_(table)
         on_host = ids.device.type == "cpu"
@@ -222,7 +230,8 @@ class FixedSteps:
     encoder : Encoder
         Its own.
     step : callable
-        Takes the model's inputs, trains, and returns the loss; waits for nothing.
+        Takes the model's inputs and a learning rate on the device, trains, and returns the loss;
+        waits for nothing.
     given : sequence of int
         Budgets of tokens, ascending.
     device : torch.device
@@ -239,7 +248,7 @@ class FixedSteps:
         self,
         model: nn.Module,
         encoder: Encoder,
-        step: Callable[[dict[str, Any]], Tensor],
+        step: Callable[[dict[str, Any], Tensor], Tensor],
         given: Sequence[int],
         device: torch.device,
         record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
@@ -253,13 +262,13 @@ class FixedSteps:
         self._made: dict[Any, tuple[_Inputs, Callable[[], None], list[Tensor]]] = {}
         self._said: set[str] = set()
 
-    def __call__(self, batch: Batch) -> Tensor | None:
+    def __call__(self, batch: Batch, lr: float) -> Tensor | None:
         """Train on a batch, and return its loss; None if it has to go another way.
 
         Why it has to is said once, by a warning.
         """
         try:
-            return self._trained(batch)
+            return self._trained(batch, lr)
         except CannotCapture as reason:
             text = f"steps run without a CUDA graph where {reason}"
             if text not in self._said:
@@ -267,7 +276,7 @@ class FixedSteps:
                 warnings.warn(text, BitFitWarning, stacklevel=3)
             return None
 
-    def _trained(self, batch: Batch) -> Tensor | None:
+    def _trained(self, batch: Batch, lr: float) -> Tensor | None:
         """Train on a batch, unless it is one of the first of its kind."""
         if self.refusal is not None:
             raise CannotCapture(self.refusal)
@@ -281,14 +290,14 @@ class FixedSteps:
         if key in self._made:
             inputs, run, losses = self._made[key]
             self.encoder.check()
-            inputs.load(batch, lengths)
+            inputs.load(batch, lengths, lr)
         else:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= self.after:
                 return None
             if len(self._made) >= _MOST:
                 raise CannotCapture(f"there are more than {_MOST} kinds of batches")
-            run, losses = self._make(key, batch, budget, lengths)
+            run, losses = self._make(key, batch, budget, lengths, lr)
         run()
         # the next replay, of whichever graph, may overwrite it
         return losses[-1].clone()
@@ -321,16 +330,21 @@ class FixedSteps:
         return (self.model.training, *shapes)
 
     def _make(
-        self, key: Any, batch: Batch, budget: Budget | None, lengths: Sequence[int] | None
+        self,
+        key: Any,
+        batch: Batch,
+        budget: Budget | None,
+        lengths: Sequence[int] | None,
+        lr: float,
     ) -> tuple[Callable[[], None], list[Tensor]]:
         """Return what trains on batches of a kind, this one first, and where the loss will be."""
         inputs = _Inputs(self.encoder, batch, budget, self.device, self._is_by_token(batch))
-        inputs.load(batch, lengths)
+        inputs.load(batch, lengths, lr)
         losses: list[Tensor] = []
 
         def run() -> None:
             with self.encoder.given(inputs.packing, inputs.own):
-                losses[:] = [self.step({**inputs.own, **inputs.others})]
+                losses[:] = [self.step({**inputs.own, **inputs.others}, inputs.lr)]
 
         replay: Callable[[], None] = run
         if self.record is not None:

@@ -119,8 +119,8 @@ def test_rows_left_over_change_nothing_whatever_they_hold(steps, batch, head, mo
     loss, gradients = results()
     for word in (7, 89):
 
-        def poisoned(self, batch, lengths, word=word):
-            load(self, batch, lengths)
+        def poisoned(self, batch, lengths, lr, word=word):
+            load(self, batch, lengths, lr)
             assert self.own["input_ids"].shape[1] > tokens
             self.own["input_ids"][0, tokens:] = word
             self.own["position_ids"][0, tokens:] = 11
@@ -178,9 +178,9 @@ def test_no_family_reads_a_tensor_on_the_way(steps, batch, family, head, monkeyp
     step(dict(inputs))
     run = step.fixed.step
 
-    def watched(given):
+    def watched(given, lr):
         with waits:
-            return run(given)
+            return run(given, lr)
 
     step.fixed.step = watched
     step(dict(inputs))
@@ -202,8 +202,8 @@ def test_batches_of_a_kind_go_the_ordinary_way_first(steps, batch):
     step.fixed = step.of_fixed_size(after=2)
     inputs = batch(step.model)
     for _ in range(2):
-        assert step.fixed(dict(inputs)) is None
-    assert step.fixed(dict(inputs)) is not None
+        assert step.fixed(dict(inputs), 1e-3) is None
+    assert step.fixed(dict(inputs), 1e-3) is not None
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_what_cannot_be_of_a_fixed_size_says_so_once(steps, batch, head, change,
     step = steps(head=head)[1]
     inputs = {**batch(step.model), **change}
     with pytest.warns(BitFitWarning, match=reason) as warned:
-        assert step.fixed(dict(inputs)) is None
+        assert step.fixed(dict(inputs), 1e-3) is None
     assert len(warned) == 1
-    assert step.fixed(dict(inputs)) is None
+    assert step.fixed(dict(inputs), 1e-3) is None
 
 
 def test_a_batch_beyond_all_budgets_goes_the_ordinary_way(steps, batch):
@@ -237,7 +237,7 @@ def test_left_padding_goes_the_ordinary_way(steps, batch):
     inputs = batch(step.model)
     inputs["attention_mask"] = inputs["attention_mask"].flip(1)
     with pytest.warns(BitFitWarning, match="do not tell how long"):
-        assert step.fixed(inputs) is None
+        assert step.fixed(inputs, 1e-3) is None
 
 
 def test_where_nothing_can_be_captured_steps_go_the_ordinary_way(steps, batch):

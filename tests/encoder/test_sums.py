@@ -100,6 +100,34 @@ def test_they_are_added_when_there_is_no_more_room(
     assert launches == 2 if room == 2**20 else launches > 2
 
 
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("terms", ["all", "value,output", "embedding-layernorm"])
+def test_sums_may_take_the_place_of_what_is_there(build, batch, deferred, memory, terms, on):
+    """With the embeddings' bias, whose gradient goes where the arena has it, too."""
+    deferred(on)
+    model = build("bert")
+    patch_encoder(model, select(model, terms), precision="fp32", memory=memory)
+    inputs = batch(model)
+    arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
+    encoder = encoder_of(model)
+    encoder.write_to(arena)
+    inside = {*encoder.names, encoder.embedding_name} & set(arena.slices)
+    found = []
+    for before, factor, overwrites in ((0.0, 1, False), (7.0, 1, True), (None, 2, False)):
+        if before is not None:
+            arena.gradients.fill_(before)
+        encoder.overwrites = overwrites
+        if before:
+            for parameter in model.bert.embeddings.LayerNorm.parameters():
+                parameter.grad = None
+        model(**inputs).loss.backward()
+        assert not encoder.overwrites
+        arena.check()
+        found.append({n: arena.view(n, arena.gradients) / factor for n in inside})
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
+
+
 def test_partial_rows_that_wait_are_not_overwritten():
     places = dict(enumerate(torch.zeros(4 * 16).split(16)))
     waiting = Sums(places)
@@ -111,6 +139,10 @@ def test_partial_rows_that_wait_are_not_overwritten():
     assert [place.unique().tolist() for place in places.values()] == [[1], [2], [3], [9]]
     waiting.add()
     assert places[0].tolist() == [1.0] * 16
+    anew = Sums(places, overwrites=True)
+    anew.take([0], 2, 16).fill_(2.0)
+    anew.add()
+    assert [place.unique().tolist() for place in places.values()] == [[4], [2], [3], [9]]
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from bitfit_fast.kernels import (
     _reduce,
     activation,
+    adamw,
     attention,
     column_sum,
     dropout,
@@ -82,6 +83,14 @@ def segments(count):
     return empty(1000), empty(count, 5, dtype=torch.int32), 768, empty(1000)
 
 
+def launches_of_adamw(name, size):
+    """Yield both launches of an update."""
+    buffers, number = [empty(size)] * 4, empty(1)[0]
+    yield name, adamw.squares, (buffers[0], empty(200))
+    options = (empty(100), 1.0, 0.9, 0.999, 1e-8, 0.01, False)
+    yield name, adamw.adamw, (*buffers, number, number, *options)
+
+
 def launches_of_row_counts():
     """Yield what every row count but a GEMM's block of rows shares."""
     for m in (1, 2, 15, 16, 17, 63, 64):
@@ -102,6 +111,7 @@ def launches_of_row_counts():
         places = sums_of(m, (most, most), 64, m, torch.bfloat16)
         yield f"{m} rows", attention.attention_bwd, (inputs[0], *inputs, *options, True, *places)
         yield f"{m} rows", _reduce.add_segments, segments(m)
+        yield from launches_of_adamw(f"{m} rows", 1000 * m)
 
 
 def launches_of_attention():
@@ -177,7 +187,9 @@ def launches():
             what = f"layer_norm_bwd {at} alone dgamma={dgamma}"
             needs = {"needs_db": False, "needs_dgamma": dgamma}
             yield what, functools.partial(layer_norm.layer_norm_bwd, **needs), arguments
-    yield "add_segments", _reduce.add_segments, segments(70)
+    for adds in (False, True):
+        yield f"add_segments adds={adds}", _reduce.add_segments, (*segments(70), adds)
+    yield from launches_of_adamw("adamw", 100_000)
     yield from launches_of_attention()
 
 

@@ -66,6 +66,8 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(
         "column_sum_kernel",
         "add_partial_rows_kernel",
         "add_segments_kernel",
+        "squares_kernel",
+        "adamw_kernel",
         "activation_fwd_kernel",
         "activation_bwd_kernel",
         "layer_norm_fwd_kernel",
@@ -87,7 +89,7 @@ def test_no_row_count_compiles_a_kernel_again():
     assert sorted(row["kernel"] for row in rows) == sorted(
         f"{name}_kernel"
         for name in (
-            *("column_sum", "add_partial_rows", "add_segments"),
+            *("column_sum", "add_partial_rows", "add_segments", "squares", "adamw"),
             *("activation_fwd", "activation_bwd"),
             *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd", "dropout"),
             "embedding_layer_norm",

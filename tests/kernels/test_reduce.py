@@ -31,6 +31,12 @@ def test_each_sum_is_added_where_it_belongs_and_nothing_else_changes():
     _reduce.add_segments(partial, segments, 100, out)
     # the same order of additions, and so the same bits
     assert torch.equal(out, expected)
+    # in the place of what is there, what is added to zero
+    anew, added = torch.full_like(out, float("nan")), torch.zeros_like(out)
+    _reduce.add_segments(partial, segments, 100, anew, adds=False)
+    _reduce.add_segments(partial, segments, 100, added)
+    for _, columns, to in sizes:
+        assert torch.equal(anew[to : to + columns], added[to : to + columns])
 
 
 def test_rows_may_lie_apart():

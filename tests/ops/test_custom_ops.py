@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import bitfit_fast.ops.adamw
 import bitfit_fast.ops.embedding  # noqa: F401
 from bitfit_fast.encoder.sums import column_rows, layer_norm_rows
 
@@ -174,4 +175,22 @@ def test_activation_bwd_partial_on_every_choice(randn):
 def test_add_segments_on_every_choice(randn, device):
     # first number, rows, numbers from row to row, columns, where to
     table = torch.tensor([[0, 3, 5, 4, 2], [15, 2, 8, 8, 6]], dtype=torch.int32, device=device)
-    check(ops.add_segments, randn(31), table, 8, randn(14))
+    for adds in (False, True):
+        check(ops.add_segments, randn(31), table, 8, randn(14), adds)
+
+
+def test_column_sum_partial_on_every_choice(randn):
+    dy = randn(ROWS, COLUMNS)
+    check(ops.column_sum_partial, dy, randn(1, column_rows(dy), COLUMNS))
+
+
+def test_squares_on_every_choice(randn):
+    check(ops.squares, randn(2000), randn(3))
+
+
+def test_adamw__on_every_choice(randn, device):
+    buffers = [randn(2000), randn(2000), randn(2000), randn(2000).square()]
+    step, lr = torch.tensor(3.0, device=device), torch.tensor(0.1, device=device)
+    given = (*buffers, step, lr, randn(2).square(), 1.0, 0.9, 0.999, 1e-8, 0.01)
+    for maximize in (False, True):
+        check(ops.adamw_, *given, maximize)
