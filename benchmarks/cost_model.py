@@ -1,12 +1,18 @@
 """Count what a training step does on a GPU: launches, bytes, operations, and what it keeps.
 
     python benchmarks/cost_model.py                  # a table
-    python benchmarks/cost_model.py --output benchmarks/results/cost-model.json
+    python benchmarks/cost_model.py --compiled --long --output benchmarks/results/cost-model.json
 
 The step runs on CPU tensors under a dispatch mode that sees every operation before it runs. What
 takes long is not computed. An operation of `bitfit_fast` counts as what its launcher would
 launch; each tensor that an operation takes or gives counts once, as if the cache held it no longer
 and no shorter than that. There is no noise in the counts, and no GPU is needed.
+
+Predicted is the time that an H200 would take if every operation reached the hardware's limit or
+took a launch, one after the other: `predicted_ms` with each launch asked for by the host, and
+`graph_ms` with all in CUDA graphs that can be there, for which a launch is assumed to take a third
+of that. `--compiled` adds the references as inductor would fuse them; see `compiled` for what is
+approximate about that. `--long` counts 64 sequences of 128 tokens, too.
 """
 
 from __future__ import annotations
@@ -14,10 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,8 +35,9 @@ from steps import VARIANTS, Setting, backend, batches, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+from work import DEVICE, Counted, Work, flash_backward, plus, size, tensors
 
 from bitfit_fast import arena
 from bitfit_fast.encoder import encoder_of, stack, sums
@@ -44,26 +49,12 @@ from bitfit_fast.packing import Packing
 from bitfit_fast.training import fixed
 from bitfit_fast.training.fast import FastStep
 
-__all__ = ["COUNTED", "DEVICE", "Device", "count", "count_all"]
+__all__ = ["COUNTED", "count", "count_all"]
 
 aten = torch.ops.aten
 #: Whose module's name its own function has.
 install = sys.modules[encoder_of.__module__]
 
-
-@dataclass(frozen=True)
-class Device:
-    """What predicts times: multiprocessors, bytes and operations a second, seconds a launch."""
-
-    name: str
-    processors: int
-    bandwidth: float
-    flops: float
-    launch: float
-
-
-#: Rates that copies and bf16 products reach, not those of the data sheet.
-DEVICE = Device("H200", 132, 4.3e12, 788e12, 3e-6)
 
 #: What is counted, by the names of `steps.VARIANTS`.
 COUNTED = {
@@ -73,6 +64,11 @@ COUNTED = {
     "lower": "fast-bf16-lower",
     "lowest": "fast-bf16-lowest",
 }
+
+#: What is counted on request: references as `torch.compile` runs them.
+COMPILED = {"compiled": "autocast-compiled", "compiled-bf16": "bf16-compiled"}
+#: Sequences and tokens of each: a batch of GLUE's kind, and one of 8,192 tokens.
+LONG = ("128", 64)
 
 #: Operations that touch no data, besides views.
 _FREE = {
@@ -104,29 +100,6 @@ _LAUNCHES = {aten.native_layer_norm_backward: 2}
 _LIST_LIMIT = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 
 
-@dataclass
-class Work:
-    """What one operation, or all of a step, does."""
-
-    launches: int = 0
-    bytes: int = 0
-    flops: int = 0
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _size(tensors: list[Tensor]) -> int:
-    """Return the bytes of different tensors; an expanded one is as large as its memory."""
-    sizes = {}
-    for t in tensors:
-        there = math.prod(n for n, stride in zip(t.shape, t.stride()) if stride)
-        key = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape))
-        sizes[key] = (there if t.numel() else 0) * t.element_size()
-    return sum(sizes.values())
-
-
 # ------------------------------------------------------------- what our launchers would launch
 
 
@@ -139,41 +112,37 @@ def _sums(rows: int, width: int, sums: int, partial_rows: int) -> Work:
     return Work(1, 4 * sums * width * (2 * partial_rows + 1))
 
 
-def _plus(work: Work, more: Work) -> Work:
-    return Work(work.launches + more.launches, work.bytes + more.bytes, work.flops + more.flops)
-
-
 def _layer_norm_fwd(args: tuple[Any, ...], out: Any) -> Work:
-    return Work(1, _size(_tensors(args) + _tensors(out)))
+    return Work(1, size(tensors(args) + tensors(out)))
 
 
 def _layer_norm_bwd(args: tuple[Any, ...], out: Any) -> Work:
     ds, dx, sums = out
     rows = layer_norm_config(*ds.shape, DEVICE.processors)["P"]
-    own = Work(1, _size([*_tensors(args), ds, dx]))
-    return _plus(own, _sums(*ds.shape, sums.shape[0], rows))
+    own = Work(1, size([*tensors(args), ds, dx]))
+    return plus(own, _sums(*ds.shape, sums.shape[0], rows))
 
 
 def _column_work(x: Tensor, tensors: list[Tensor], sums: int) -> Work:
     rows = column_config(*x.shape, DEVICE.processors)["P"]
-    return _plus(Work(1, _size(tensors)), _sums(*x.shape, sums, rows))
+    return plus(Work(1, size(tensors)), _sums(*x.shape, sums, rows))
 
 
 def _activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
-    return _column_work(out[0], [*_tensors(args), out[0]], 1)
+    return _column_work(out[0], [*tensors(args), out[0]], 1)
 
 
 def _linear_activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
     # the vendor's product, and the activation's backward pass over what it gave
     dy, w, saved, b = args[:4]
     dz = out[0]
-    product = Work(1, _size([dy, w, dz]), 2 * dz.numel() * dy.shape[1])
+    product = Work(1, size([dy, w, dz]), 2 * dz.numel() * dy.shape[1])
     after = [t for t in (saved, b, dz) if t is not None]
-    return _plus(product, _plus(_column_work(dz, after, 1), Work(0, _size([dz]))))
+    return plus(product, plus(_column_work(dz, after, 1), Work(0, size([dz]))))
 
 
 def _column_sum(args: tuple[Any, ...], out: Any) -> Work:
-    return _column_work(args[0], _tensors(args), 1)
+    return _column_work(args[0], tensors(args), 1)
 
 
 def _add_segments(args: tuple[Any, ...], out: Any) -> Work:
@@ -181,22 +150,22 @@ def _add_segments(args: tuple[Any, ...], out: Any) -> Work:
     # the sums are written, and read before where they are added to what is there
     ends = 1 + args[4]
     numbers = sum((rows + ends) * columns for _, rows, _, columns, _ in table)
-    return Work(1, 4 * numbers + _size([args[1]]))
+    return Work(1, 4 * numbers + size([args[1]]))
 
 
 def _embedding_layer_norm(args: tuple[Any, ...], out: Any) -> Work:
     gamma, beta, ids, tables = args[:4]
     # of each table a row for each token, as PyTorch's own gathering counts
     rows = sum(out.numel() * table.element_size() for table in tables)
-    return Work(1, rows + _size(_tensors((gamma, beta, ids, out))))
+    return Work(1, rows + size(tensors((gamma, beta, ids, out))))
 
 
 def _squares(args: tuple[Any, ...], out: Any) -> Work:
-    return Work(1, _size(_tensors((args, out))) + _size([args[1]]))
+    return Work(1, size(tensors((args, out))) + size([args[1]]))
 
 
 def _adamw(args: tuple[Any, ...], out: Any) -> Work:
-    return Work(1, _size(_tensors(args)) + _size(list(args[:4])))
+    return Work(1, size(tensors(args)) + size(list(args[:4])))
 
 
 _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
@@ -220,44 +189,16 @@ _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
 # ------------------------------------------------------------------------------- the counter
 
 
-@dataclass
-class Counted:
-    """The work of a step by operation."""
-
-    works: list[tuple[str, Work]] = field(default_factory=list)
-
-    def note(self, name: str, work: Work) -> None:
-        self.works.append((name, work))
-
-    @property
-    def total(self) -> Work:
-        total = Work()
-        for _, work in self.works:
-            total = _plus(total, work)
-        return total
-
-    @property
-    def seconds(self) -> float:
-        """Return the time that the device needs, one operation after the other."""
-        return sum(
-            max(w.bytes / DEVICE.bandwidth, w.flops / DEVICE.flops, w.launches * DEVICE.launch)
-            for _, w in self.works
-        )
-
-    def by_name(self) -> dict[str, Work]:
-        """Return the work of each kind of operation, the most bytes first."""
-        found: dict[str, Work] = {}
-        for name, work in self.works:
-            found[name] = _plus(found.get(name, Work()), work)
-        return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
-
-
 class _Mode(TorchDispatchMode):
     """Sees every operation, computes those that are quick, and counts what all of them do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counted = Counted()
+        #: Whether the step is one that a GPU is given to capture
+        self.fixed = False
+        #: Operations before those of clipping and optimiser
+        self.before_clipping = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -272,7 +213,9 @@ class _Mode(TorchDispatchMode):
         heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
         out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
         if not (func.is_view or packet in _FREE):
-            self.counted.note(packet.__name__, _work(func, args, kwargs, out))
+            # the loss is copied for the caller, behind the graph
+            outside = packet is aten.clone and self.fixed
+            self.counted.note(packet.__name__, _work(func, args, kwargs, out), outside)
         return out
 
 
@@ -297,16 +240,16 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
         return _OURS[name](args, out)
     if func is aten._foreach_add_.Tensor:
         return Work()  # AdamW's step counts, which lie on the host
-    inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-    size = _size(inputs) + _size(outputs)
+    inputs, outputs = tensors((args, kwargs)), tensors(out)
+    moved = size(inputs) + size(outputs)
     if func._schema.is_mutable and not outputs:  # of lists
-        size += _size(_tensors(args[0]))
+        moved += size(tensors(args[0]))
     if packet in (aten.embedding, aten.index_select):
-        size = 2 * _size(outputs)
+        moved = 2 * size(outputs)
     elif packet in (aten.index_add_, aten.index_copy_):
-        size = (3 if packet is aten.index_add_ else 2) * _size([args[3]])
+        moved = (3 if packet is aten.index_add_ else 2) * size([args[3]])
     launches = _LAUNCHES.get(packet, 1)
-    lists = [a for a in args if isinstance(a, (list, tuple)) and _tensors(a)]
+    lists = [a for a in args if isinstance(a, (list, tuple)) and tensors(a)]
     if name.startswith("_foreach") or name.startswith("_fused"):
         launches = -(-len(lists[0]) // _LIST_LIMIT[len(lists)])
     flops = 0
@@ -314,7 +257,7 @@ def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
         flops = flop_registry[packet](*args, **kwargs, out_val=out)
     elif packet is aten.addmm_:
         flops = 2 * out.numel() * args[1].shape[1]
-    return Work(launches, size, flops)
+    return Work(launches, moved, flops)
 
 
 # --------------------------------------------------------------------------------- attention
@@ -328,7 +271,7 @@ def _our_attention(
     queries = packing.longest if whole else 1
     pairs = sum(n * n if whole else n for n in packing.lengths)
     product = 2 * pairs * q.shape[1] * q.shape[2]
-    of_q, of_kv = _size([q]), 2 * _size([k])
+    of_q, of_kv = size([q]), 2 * size([k])
     offsets = 8 * (len(packing.lengths) + 1)
     if not backward:
         counted.note("attention_fwd", Work(1, 2 * of_q + of_kv + offsets, 2 * product))
@@ -339,11 +282,11 @@ def _our_attention(
     one_block = packing.longest <= config["BLOCK_N"]
     numbers = 0 if one_launch else 8 * q.shape[0] * q.shape[1]
     products = (3 if one_block else 5) + (2 if one_launch else 0)
-    size = 3 * of_q + of_kv + (of_kv if one_launch else 0) + numbers + offsets
-    counted.note("attention_bwd", Work(1, size, products * product))
+    moved = 3 * of_q + of_kv + (of_kv if one_launch else 0) + numbers + offsets
+    counted.note("attention_bwd", Work(1, moved, products * product))
     if kv and not one_launch:
-        size = 2 * of_q + 2 * of_kv + numbers + offsets
-        counted.note("attention_bwd_kv", Work(1, size, 4 * product))
+        moved = 2 * of_q + 2 * of_kv + numbers + offsets
+        counted.note("attention_bwd_kv", Work(1, moved, 4 * product))
 
 
 def _stack_attention(mode: _Mode) -> tuple[Any, Any]:
@@ -354,7 +297,7 @@ def _stack_attention(mode: _Mode) -> tuple[Any, Any]:
         return torch.empty(q.shape, dtype=q.dtype)
 
     def bwd(do, q, k, v, packing, p, seed, bias, needs_kv=True, q_sums=None, v_sums=None):  # type: ignore[no-untyped-def]
-        sums = _size(_tensors((q_sums, v_sums)))
+        sums = size(tensors((q_sums, v_sums)))
         _our_attention(mode.counted, q, k, packing, True, needs_kv, sums)
         if needs_kv and q.shape[0] == k.shape[0]:
             joined = torch.empty(q.shape[0], 3, *q.shape[1:], dtype=q.dtype)
@@ -375,27 +318,15 @@ def _flash(mode: _Mode) -> Any:
             lse = q.new_empty(q.shape[:3], dtype=torch.float32)
             ctx.save_for_backward(q, k, v, o, lse)
             product = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
-            mode.counted.note("flash_fwd", Work(1, _size([q, k, v, o, lse]), 2 * product))
+            mode.counted.note("flash_fwd", Work(1, size([q, k, v, o, lse]), 2 * product))
             return o
 
         @staticmethod
         def backward(ctx: Any, do: Tensor) -> tuple[Tensor, ...]:
-            q, k, v, o, lse = ctx.saved_tensors
+            q, k, v, _, lse = ctx.saved_tensors
             gradients = _like(q), _like(k), _like(v)
             product = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
-            # sum(do o) for each row; the gradients, that of q in fp32; its conversion
-            rows, wide = _size([lse]), 2 * _size([q])
-            if q.element_size() == 4:
-                wide //= 2
-            for launch in (
-                Work(1, _size([do, o]) + rows + wide),
-                Work(
-                    1,
-                    _size([do, q, k, v]) + 2 * rows + 2 * wide + _size(list(gradients[1:])),
-                    5 * product,
-                ),
-                Work(1, wide + _size([gradients[0]])),
-            ):
+            for launch in flash_backward(size([q]), size([lse]), q.element_size(), product):
                 mode.counted.note("flash_bwd", launch)
             return gradients
 
@@ -406,8 +337,8 @@ def _flash(mode: _Mode) -> Any:
 
 
 def _like(x: Tensor) -> Tensor:
-    batch, heads, length, size = x.shape
-    return torch.empty(batch, length, heads, size, dtype=x.dtype).transpose(1, 2)
+    batch, heads, length, width = x.shape
+    return torch.empty(batch, length, heads, width, dtype=x.dtype).transpose(1, 2)
 
 
 # -------------------------------------------------------------------------------- the counts
@@ -441,7 +372,7 @@ def _loading(mode: _Mode) -> Any:
             load(self, batch, lengths, lr)
         apart = [] if self._rides(batch) else self.others.values()
         for tensor in (self._table, *apart):
-            mode.counted.note("message", Work(1, _size([tensor])))
+            mode.counted.note("message", Work(1, size([tensor])), outside=True)
 
     return loading
 
@@ -451,11 +382,16 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
-def _clip(parameters: Any, max_norm: float) -> None:
-    """Clip as on a GPU, where `clip_grad_norm_` works on lists."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
-    torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+def _clip(mode: _Mode) -> Any:
+    """Return what clips as on a GPU, where `clip_grad_norm_` works on lists."""
+
+    def clip(parameters: Any, max_norm: float) -> None:
+        mode.before_clipping = len(mode.counted.works)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+    return clip
 
 
 @contextlib.contextmanager
@@ -474,10 +410,21 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
         mock.patch.object(F, "scaled_dot_product_attention", _flash(mode)),
         mock.patch.object(F, "dropout", _dropout),
         mock.patch.object(Packing, "of_mask", _packing),
-        mock.patch.object(nn.utils, "clip_grad_norm_", _clip),
+        mock.patch.object(nn.utils, "clip_grad_norm_", _clip(mode)),
         mode,
     ):
         yield
+
+
+def _batch(variant: str, setting: Setting) -> tuple[dict[str, Any], int]:
+    """Return what a variant is given, and how many tokens that is."""
+    (batch,) = batches(setting, 1)
+    batch = VARIANTS[variant].input(batch)
+    tokens = int(batch["attention_mask"].sum())
+    if tokens == batch["attention_mask"].numel():
+        # without padding there is no mask to look at, which a GPU would be waited for
+        del batch["attention_mask"]
+    return batch, tokens
 
 
 def count(variant: str, setting: Setting) -> tuple[dict[str, Any], Counted]:
@@ -494,19 +441,16 @@ def count(variant: str, setting: Setting) -> tuple[dict[str, Any], Counted]:
     -------
     dict, Counted
         Launches, bytes, flops, bytes kept for backward a token and layer, and the time that
-        `DEVICE` would need; and all of it by operation.
+        `DEVICE` would need, with `graph_ms` for what a GPU is given to capture; and all of it
+        by operation.
     """
     mode = _Mode()
-    (batch,) = batches(setting, 1)
-    batch = VARIANTS[variant].input(batch)
-    tokens = int(batch["attention_mask"].sum())
-    if tokens == batch["attention_mask"].numel():
-        # without padding there is no mask to look at, which a GPU would be waited for
-        del batch["attention_mask"]
+    batch, tokens = _batch(variant, setting)
     step = build(VARIANTS[variant], setting)
     if isinstance(step.inner, FastStep):  # type: ignore[attr-defined]
         # what a GPU is given to capture
         step.inner.fixed = step.inner.of_fixed_size(after=0)  # type: ignore[attr-defined]
+        mode.fixed = True
     for group in step.inner.optimizer.param_groups:  # type: ignore[attr-defined]
         group["foreach"] = None if group["fused"] else True
     with _as_on_a_gpu(mode):
@@ -514,74 +458,103 @@ def count(variant: str, setting: Setting) -> tuple[dict[str, Any], Counted]:
             step(batch)
         mode.counted = counted = Counted()
         step(batch)
+        counted.tail = counted.works[mode.before_clipping :]
         mode.counted = Counted()
         with Saved(step.inner.model) as saved:  # type: ignore[attr-defined]
             step(batch)
     layers = step.inner.model.config.num_hidden_layers  # type: ignore[attr-defined]
+    kept = round(saved.bytes / tokens / layers, 1)
+    return _row(counted, mode.fixed, saved_bytes_per_token_layer=kept), counted
+
+
+def _row(counted: Counted, in_graphs: bool, **more: Any) -> dict[str, Any]:
     total = counted.total
-    return {
-        "launches": total.launches,
-        "bytes": total.bytes,
-        "flops": total.flops,
-        "saved_bytes_per_token_layer": round(saved.bytes / tokens / layers, 1),
-        "predicted_ms": float(f"{1e3 * counted.seconds:.4g}"),
-    }, counted
+    row = {"launches": total.launches, "bytes": total.bytes, "flops": total.flops, **more}
+    row["predicted_ms"] = float(f"{1e3 * counted.seconds:.4g}")
+    if in_graphs:
+        row["graph_ms"] = float(f"{1e3 * counted.seconds_in_graphs:.4g}")
+    return row
 
 
-def count_all(setting: Setting) -> dict[str, dict[str, Any]]:
-    """Count every variant of `COUNTED`."""
-    return {name: count(variant, setting)[0] for name, variant in COUNTED.items()}
+def count_all(setting: Setting, compiled: bool = False) -> dict[str, dict[str, Any]]:
+    """Count every variant of `COUNTED`, and on request those of `COMPILED`."""
+    counts, works = {}, {}
+    for name, variant in COUNTED.items():
+        counts[name], works[name] = count(variant, setting)
+    if compiled:
+        from compiled import count_compiled
+
+        batch, _ = _batch(COUNTED["reference"], setting)
+        for name, variant in COMPILED.items():
+            counted = count_compiled(variant, setting, batch, works["reference"].tail)
+            counts[name] = _row(counted, True)
+    return counts
 
 
 def table(counts: dict[str, dict[str, Any]], title: str) -> Table:
-    """Return the counts, and the reference's over them."""
+    """Return the counts, and the best time of each over that of the fast step in a graph."""
     result = Table(
-        "", "launches", "MB moved", "GFLOP", "kept, B/token/layer", "predicted ms", "speed-up",
-        title=title,
+        "", "launches", "MB moved", "GFLOP", "kept, B/token/layer", "predicted ms", "in graphs",
+        "/ fast in a graph", title=title,
     )  # fmt: skip
     for column in result.columns[1:]:
         column.justify = "right"
     for name, row in counts.items():
+        graph, kept = row.get("graph_ms"), row.get("saved_bytes_per_token_layer")
+        best = graph or row["predicted_ms"]
         result.add_row(
             name,
             str(row["launches"]),
             f"{row['bytes'] / 1e6:,.0f}",
             f"{row['flops'] / 1e9:,.1f}",
-            f"{row['saved_bytes_per_token_layer']:,.0f}",
+            "" if kept is None else f"{kept:,.0f}",
             f"{row['predicted_ms']:.3f}",
-            f"{counts['reference']['predicted_ms'] / row['predicted_ms']:.2f}",
+            "" if graph is None else f"{graph:.3f}",
+            f"{best / counts['fast']['graph_ms']:.2f}",
         )
     return result
 
 
-def main() -> None:
-    """Count, and print a table or JSON."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bert-base")
     parser.add_argument("--task", default="64", help="a task of lengths.json, or a length")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--compiled", action="store_true", help="compiled references, too")
+    parser.add_argument("--long", action="store_true", help="64 sequences of 128 tokens, too")
+    parser.add_argument("--json", action="store_true", help="print JSON of the first setting")
     parser.add_argument("--output", type=Path, help="file for the counts, and where they come from")
     parser.add_argument("--operations", choices=COUNTED, help="print each operation of one")
-    a = parser.parse_args()
-    setting = Setting(a.model, a.task, a.batch_size, a.dropout, torch.device("cpu"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Count, and print a table or JSON."""
+    a = parse()
+    sizes = [(a.task, a.batch_size), *([LONG] if a.long else [])]
+    device = torch.device("cpu")
+    settings = [Setting(a.model, task, number, a.dropout, device) for task, number in sizes]
     if a.operations:
-        for name, work in count(COUNTED[a.operations], setting)[1].by_name().items():
+        for name, work in count(COUNTED[a.operations], settings[0])[1].by_name().items():
             print(
                 f"{name:32} {work.launches:6} {work.bytes / 1e6:10.2f} MB {work.flops / 1e9:10.2f}"
             )
         return
-    counts = count_all(setting)
+    found = [count_all(setting, a.compiled) for setting in settings]
     if a.output:
-        head = provenance(command_line(), torch.device("cpu"))
-        write_json(a.output, {**head, "counts": counts})
+        results = {**provenance(command_line(), device), "counts": found[0]}
+        if a.long:
+            results["long"] = {**settings[1].named(), "counts": found[1]}
+        write_json(a.output, results)
     if a.json:
-        print(json.dumps(counts, indent=2))
+        print(json.dumps(found[0], indent=2))
         return
-    length = f"{a.task} tokens" if a.task.isdigit() else a.task
-    words = f"{a.model}, {length}, batch {a.batch_size}, dropout {a.dropout:g}"
-    Console(width=max(Console().width, 110)).print(table(counts, f"{words}; {DEVICE.name}"))
+    for setting, counts in zip(settings, found):
+        length = f"{setting.task} tokens" if setting.task.isdigit() else setting.task
+        words = f"{a.model}, {length}, batch {setting.batch_size}, dropout {a.dropout:g}"
+        Console(width=max(Console().width, 120)).print(table(counts, f"{words}; {DEVICE.name}"))
 
 
 if __name__ == "__main__":

@@ -73,3 +73,26 @@ def test_products_are_those_of_the_layers(now):
     # forward and gradient of the input: 12 layers of 12 d^2 weights, the embeddings' none
     products = 2 * 2 * 1024 * 12 * 12 * WIDTH**2
     assert products < now["reference"]["flops"] < 1.05 * products
+
+
+def test_compiled_references_do_the_same_products_in_fewer_launches():
+    found = counts("--model", "tiny", "--compiled")
+    reference = found["reference"]
+    for name in ("compiled", "compiled-bf16"):
+        row = found[name]
+        assert row["launches"] < reference["launches"], name
+        assert row["bytes"] < reference["bytes"], name
+        assert abs(row["flops"] / reference["flops"] - 1) < 0.02, name
+        assert row["graph_ms"] < row["predicted_ms"], name
+
+
+@pytest.mark.parametrize("variant", ["fast", "low", "lower", "lowest"])
+def test_a_graph_is_faster_than_its_launches(now, variant):
+    assert now[variant]["graph_ms"] < now[variant]["predicted_ms"]
+    assert "graph_ms" not in now["reference"]
+
+
+def test_the_memory_modes_keep_the_shares_that_they_promise(now):
+    kept = {name: row["saved_bytes_per_token_layer"] for name, row in now.items()}
+    assert kept["lowest"] <= 0.2 * kept["reference"]
+    assert kept["lower"] <= 0.5 * kept["reference"]
