@@ -244,9 +244,10 @@ class Encoder:
 
         That saves launches, and is done where they matter.
         """
-        tables = [m for m in self.embeddings.children() if type(m) is Embedding]
-        if not tables or not all(gathers(table.weight) for table in tables):
+        words = getattr(self.embeddings, "word_embeddings", None)
+        if type(words) is not Embedding or not gathers(words.weight):
             return []
+        tables = [m for m in self.embeddings.children() if type(m) is Embedding]
         norm = getattr(self.embeddings, "LayerNorm", None)
         dtypes = {module.weight.dtype for module in (norm, *tables) if module is not None}
         plain = type(norm) is LayerNorm and dtypes == {torch.float32}
