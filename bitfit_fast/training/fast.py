@@ -59,7 +59,8 @@ class FastStep:
         until `close`.
     plan : Plan
         Learning rate, precision, clipping and budgets; and whether steps on a GPU are captured
-        in CUDA graphs, as far as that is possible.
+        in CUDA graphs, as far as that is possible. In several processes forward and backward
+        pass are captured, and messages and update are not.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -69,10 +70,13 @@ class FastStep:
         self.device = self.arena.values.device
         if self.device.type == "cpu":
             keep_freed_memory()
-        parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        initialised = dist.is_available() and dist.is_initialized()
+        self.parallel = initialised and dist.get_world_size() > 1
         self.encoder = encoder_of(model)
-        captures = plan.graph and self.device.type == "cuda" and not parallel
-        self.optimizer = ArenaAdamW(self.arena, lr=plan.lr, weight_decay=0.0, capturable=captures)
+        captures = plan.graph and self.device.type == "cuda"
+        self.optimizer = ArenaAdamW(
+            self.arena, lr=plan.lr, weight_decay=0.0, capturable=captures and not self.parallel
+        )
         if self.encoder is not None:
             self.encoder.write_to(self.arena)
         self.steps = 0
@@ -85,7 +89,7 @@ class FastStep:
         self.fixed: FixedSteps | None = None
         if captures and self.encoder is not None:
             self.fixed = self.of_fixed_size(Recorder(self.device, self.optimizer.buffers))
-        if parallel:
+        if self.parallel:
             dist.broadcast(self.arena.values, 0)
 
     def of_fixed_size(self, record: Recorder | None = None, after: int = 1) -> FixedSteps:
@@ -93,9 +97,9 @@ class FastStep:
         assert self.encoder is not None
         longest = self.plan.max_length or _LONGEST
         given = self.plan.token_budget or budgets(self.plan.batch_size * longest)
-        return FixedSteps(
-            self.model, self.encoder, self._trained, given, self.device, record, after
-        )
+        # what processes send each other, and the update that waits for it, are not captured
+        step = self._passed if self.parallel else self._trained
+        return FixedSteps(self.model, self.encoder, step, given, self.device, record, after)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Train on one batch; return its loss, detached, without waiting for the device.
@@ -112,6 +116,9 @@ class FastStep:
         if self.steps and self.fixed is not None:
             self.arena.check()
             loss = self.fixed(batch, lr)
+            if loss is not None and self.parallel:
+                self.optimizer.set_lr(lr)
+                self._update()
         if loss is None:
             self.optimizer.set_lr(lr)
             loss = self._eager(batch)
@@ -138,6 +145,12 @@ class FastStep:
 
     def _trained(self, inputs: dict[str, Any], lr: Tensor) -> Tensor:
         """Train on what the model takes, with this learning rate; return the loss."""
+        loss = self._passed(inputs, lr)
+        self._update(lr)
+        return loss
+
+    def _passed(self, inputs: dict[str, Any], lr: Tensor) -> Tensor:
+        """Leave the gradients of what the model takes in the arena; return the loss."""
         assert self.encoder is not None
         # what autograd makes is then copied to the arena at once, not added one by one; and what
         # the encoder makes takes the place of what is there, so that nothing has to be zero
@@ -145,7 +158,7 @@ class FastStep:
         self.encoder.overwrites = True
         loss = forward(self.model, inputs).loss
         self._backward(loss)
-        self._update(lr)
+        self.arena.check()
         return loss.detach()
 
     def _backward(self, loss: Tensor) -> None:

@@ -10,7 +10,7 @@ the dropout of a head that labels tokens, which looks at the padded outputs). Ca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -242,6 +242,8 @@ class FixedSteps:
         itself is called.
     after : int
         How many batches of a kind go another way before it gets a packing of its own.
+    say : callable, optional
+        Takes the sentence that says why steps go another way; by default a warning.
     """
 
     def __init__(
@@ -253,6 +255,7 @@ class FixedSteps:
         device: torch.device,
         record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
         after: int = 1,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.encoder, self.step, self.device = model, encoder, step, device
         self.budgets, self.record, self.after = tuple(sorted(given)), record, after
@@ -261,22 +264,27 @@ class FixedSteps:
         self._seen: dict[Any, int] = {}
         self._made: dict[Any, tuple[_Inputs, Callable[[], None], list[Tensor]]] = {}
         self._said: set[str] = set()
+        self._say = say
 
-    def __call__(self, batch: Batch, lr: float) -> Tensor | None:
+    def __call__(self, batch: Batch, lr: float = 0.0, also: Hashable = None) -> Tensor | None:
         """Train on a batch, and return its loss; None if it has to go another way.
 
-        Why it has to is said once, by a warning.
+        Why it has to is said once. `lr` is for steps that update; `also` is what a step depends on besides the batch: steps
+        of a kind have it in common.
         """
         try:
-            return self._trained(batch, lr)
+            return self._trained(batch, lr, also)
         except CannotCapture as reason:
             text = f"steps run without a CUDA graph where {reason}"
             if text not in self._said:
                 self._said.add(text)
-                warnings.warn(text, BitFitWarning, stacklevel=3)
+                if self._say is None:
+                    warnings.warn(text, BitFitWarning, stacklevel=3)
+                else:
+                    self._say(text)
             return None
 
-    def _trained(self, batch: Batch, lr: float) -> Tensor | None:
+    def _trained(self, batch: Batch, lr: float, also: Hashable) -> Tensor | None:
         """Train on a batch, unless it is one of the first of its kind."""
         if self.refusal is not None:
             raise CannotCapture(self.refusal)
@@ -286,7 +294,7 @@ class FixedSteps:
         if lengths is None and "pixel_values" not in batch:
             raise CannotCapture("batches do not tell how long their examples are")
         budget = None if lengths is None else self._budget(lengths)
-        key = self._kind(batch, budget)
+        key = (also, *self._kind(batch, budget))
         if key in self._made:
             inputs, run, losses = self._made[key]
             self.encoder.check()

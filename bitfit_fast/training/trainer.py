@@ -6,17 +6,19 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 if importlib.util.find_spec("accelerate") is None:
     raise ImportError("BitFitTrainer needs accelerate: pip install 'bitfit_fast[trainer]'")
 
+from accelerate.data_loader import DataLoaderShard
 from transformers import Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import is_sagemaker_mp_enabled
@@ -28,6 +30,11 @@ from ..encoder import MEMORY, PRECISIONS, encoder_of, refusal
 from ..errors import BitFitError, listed
 from ..patching import patch, patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection, select
+from .fixed import budgets, check_budget
+from .graph import Recorder
+from .passes import Passes
+from .passes import obstacle as obstacle_to_capture
+from .settings import Settings
 
 __all__ = ["FILE", "BitFitTrainer"]
 
@@ -39,6 +46,9 @@ FILE = "bitfit.safetensors"
 #: Options of AdamW that the arena's has too, and those that say only how it is computed.
 _OPTIONS, _HOW = {"lr", "betas", "eps", "weight_decay"}, {"fused", "foreach"}
 
+#: Tokens of an example where the model does not say how many there may be.
+_LONGEST = 512
+
 
 class BitFitTrainer(Trainer):
     """`transformers.Trainer` that trains biases and the task head, and only computes that.
@@ -47,8 +57,11 @@ class BitFitTrainer(Trainer):
     operation where `patch_encoder` takes the model, with bias-only modules (`patch`) elsewhere,
     and what trains lies in one `Arena` with one AdamW over it where AdamW is the optimiser. In
     several processes the gradients are averaged in one message a step, without
-    `DistributedDataParallel`. Evaluation and prediction run the same encoder. Before and after,
-    the model is an ordinary one; what is saved is so at any time. A logger,
+    `DistributedDataParallel`. On a GPU, forward and backward pass of a batch are captured in CUDA
+    graphs, for each of a few budgets of tokens; accumulation, clipping, update and callbacks are
+    the plain trainer's. (It waits for each loss to see whether it is a number; with
+    `logging_nan_inf_filter=False` nothing does.) Evaluation and prediction run the same encoder.
+    Before and after, the model is an ordinary one; what is saved is so at any time. A logger,
     `bitfit_fast.training.trainer`, says once what was done and what could not be, and why.
 
     Every folder that is saved holds the whole model, for `from_pretrained`, and beside it
@@ -65,11 +78,17 @@ class BitFitTrainer(Trainer):
     memory : str
         How much the encoder keeps for the backward pass, as for `patch_encoder`; `fast` is
         `lowest` where `args` ask for gradient checkpointing.
+    graph : bool
+        Whether passes on a GPU are captured in CUDA graphs where they can be. Hooks that are
+        added while the model trains are not called by those.
+    token_budget : sequence of int, optional
+        Tokens of a batch that the graphs are made for; a batch of more than the largest is an
+        error, on any device. By default as many as any batch can have.
 
     Raises
     ------
     BitFitError
-        For a term, layer, head or memory mode that there is not.
+        For a term, layer, head, memory mode or budget that there is not.
 
     Examples
     --------
@@ -95,15 +114,24 @@ class BitFitTrainer(Trainer):
         layers: str | Sequence[int] | None = None,
         head: bool | Sequence[str] = True,
         memory: str = "fast",
+        graph: bool = True,
+        token_budget: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         if memory not in MEMORY:
             raise BitFitError(f"unknown memory mode '{memory}'; valid ones are {listed(MEMORY)}")
-        self.memory = memory
+        budget = None if token_budget is None else tuple(token_budget)
+        self.memory, self.graph = memory, graph
+        self.token_budget = Settings(token_budget=budget).token_budget
         self._choice = {"terms": terms, "layers": layers, "head": head}
         #: What ends with `train`; None outside of it
         self._ends: contextlib.ExitStack | None = None
         self._arena: Arena | None = None
+        #: Puts gradients into the arena where they are not
+        self._attach: Callable[[], None] = lambda: None
+        #: Captured passes, or why there are none; and for which batches they were made
+        self._passes: Passes | str | None = None
+        self._passes_size: int | None = None
         #: Whether there are gradients of this process alone
         self._unshared = False
         self._fingerprint: str | None = None
@@ -138,7 +166,8 @@ class BitFitTrainer(Trainer):
             return super().train(*args, **options)
 
     def _end(self) -> None:
-        self._ends = self._arena = self._fingerprint = None
+        self._ends = self._arena = self._fingerprint = self._passes = None
+        self._attach = lambda: None
         self._unshared = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -196,12 +225,14 @@ class BitFitTrainer(Trainer):
             return "NEFTune's noise depends on the padding"
         return refusal(self.model)
 
+    def _checkpoints(self) -> bool:
+        """Return whether gradient checkpointing is asked for."""
+        asked = getattr(self.args, "activation_checkpointing", None)
+        return bool(self.args.gradient_checkpointing if asked is None else asked)
+
     def _patch_encoder(self) -> str:
         """Let the encoder run as one operation; return what there is to say of it."""
-        checkpoints = getattr(self.args, "activation_checkpointing", None)
-        if checkpoints is None:
-            checkpoints = self.args.gradient_checkpointing
-        memory = "lowest" if checkpoints and self.memory == "fast" else self.memory
+        memory = "lowest" if self._checkpoints() and self.memory == "fast" else self.memory
         precision = "bf16" if self.args.bf16 else "fp32"
         return str(patch_encoder(self.model, precision=precision, memory=memory))
 
@@ -270,6 +301,7 @@ class BitFitTrainer(Trainer):
                     parameter.grad = gradient
                 arena.gradients.zero_()
 
+        self._attach = attach
         ends.callback(model.register_forward_pre_hook(attach).remove)
         if self._in_parallel():
             self._do_without_wrapper(ends)
@@ -298,6 +330,86 @@ class BitFitTrainer(Trainer):
         ends.callback(vars(model).pop, "_is_accelerate_prepared", None)
 
     # ------------------------------------------------------------------ a step
+
+    def _captures(self) -> bool:
+        """Return whether passes are to be captured."""
+        return self.graph and self.args.device.type == "cuda"
+
+    def _record(self, arena: Arena) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+        """Return what captures passes."""
+        return Recorder(arena.gradients.device, [arena.gradients])
+
+    def _on_host(self) -> bool:
+        """Return whether batches come to the device packed, in one message."""
+        own = type(self).training_step is BitFitTrainer.training_step
+        return own and self._ends is not None and self._captures() and self._manager() is None
+
+    def get_train_dataloader(self) -> Any:
+        """Make the batches; captured passes take them from the host, which knows their lengths."""
+        loader = super().get_train_dataloader()
+        if self._on_host() and isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Take the batches of a step and count their labels, without waiting for the device."""
+        waits = torch.device(device).type != "cuda" or self.args.world_size > 1
+        if waits or not self._on_host():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, labels = super().get_batch_samples(
+            epoch_iterator, num_batches, torch.device("cpu")
+        )
+        if isinstance(labels, Tensor) and labels.device.type == "cpu":
+            labels = labels.pin_memory().to(device, non_blocking=True)
+        return batches, labels
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Run forward and backward pass of a batch, captured where they can be."""
+        if self.token_budget is not None:
+            check_budget(inputs, self.token_budget)
+        loss = self._replayed(model, inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _replayed(self, model: nn.Module, inputs: Any, labels: Any) -> Tensor | None:
+        """Run a captured pass; None where there is none for this batch."""
+        arena = self._arena
+        if arena is None or not self._captures():
+            return None
+        if self._passes is None or self._passes_size != self._train_batch_size:
+            self._passes = self._make_passes(model, arena)
+            self._passes_size = self._train_batch_size
+        if isinstance(self._passes, str):
+            self._say(logging.WARNING, f"steps run without a CUDA graph where {self._passes}")
+            return None
+        model.train()
+        self._attach()
+        arena.check()
+        return self._passes(dict(inputs), labels, self.current_gradient_accumulation_steps)
+
+    def _make_passes(self, model: nn.Module, arena: Arena) -> Passes | str:
+        """Return captured passes, or why there are none."""
+        encoder = encoder_of(self.model)
+        if encoder is None:
+            return "the encoder does not run as one operation"
+        if (reason := obstacle_to_capture(self, model)) is not None:
+            return reason
+        step = super().training_step
+
+        def run(inputs: dict[str, Any], labels: Tensor | None, batches: Tensor) -> Tensor:
+            count, self.current_gradient_accumulation_steps = (
+                self.current_gradient_accumulation_steps, batches
+            )  # fmt: skip
+            try:
+                return step(model, inputs, labels)
+            finally:
+                self.current_gradient_accumulation_steps = count
+
+        longest = getattr(self.model.config, "max_position_embeddings", _LONGEST)
+        given = self.token_budget or budgets(self._train_batch_size * longest)
+        say = partial(self._say, logging.WARNING)
+        return Passes(self.model, encoder, arena, run, given, self._record(arena), say=say)
 
     def _share(self, *_: Any) -> None:
         """Average the gradients over the processes, once a step."""
@@ -386,6 +498,7 @@ class BitFitTrainer(Trainer):
         finally:
             patch_encoder(model, None, dtypes[encoder.stack.dtype], encoder.stack.memory)
             self._write_to_arena()
+            self._passes = None  # they run the encoder of before
 
 
 class _OverArena(ArenaAdamW):

@@ -523,30 +523,46 @@ except AttributeError as error:
     ], done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch lacks its distributed part")
-def test_two_processes_train_as_one_on_both_batches(bert_folder, tmp_path):
+@pytest.fixture(scope="module")
+def processes(bert_folder, tmp_path_factory):
+    """Train in two processes, and in one; return what a kind of training left in each."""
+    if not hasattr(os, "fork") or not torch.distributed.is_available():
+        pytest.skip("forks its processes, and needs the distributed part of torch")
+    folder = tmp_path_factory.mktemp("processes")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # as users' programs run, without Triton's interpreter
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("two_processes.py"), bert_folder, tmp_path],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        [sys.executable, Path(__file__).with_name("two_processes.py"), bert_folder, folder],
+        env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=180,
     )
     assert run.returncode == 0, run.stdout
-    for kind in ("step", "trainer", "wrapped"):
-        both = [torch.load(tmp_path / f"{kind}-2-{rank}.pt") for rank in range(2)]
-        alone = torch.load(tmp_path / f"{kind}-1-0.pt")
-        assert alone["messages"] == []
-        for found in both:
-            assert len(found["gradients"]) == len(alone["gradients"])
-            for ours, expected in zip(found["gradients"], alone["gradients"]):
-                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-            # one message of all gradients a step; DistributedDataParallel sends its own
-            sent = [] if kind == "wrapped" else [found["size"]] * len(found["gradients"])
-            assert found["messages"] == sent
-            torch.testing.assert_close(found["loss"], both[0]["loss"])
-        assert all(torch.equal(a, b) for a, b in zip(*(f["gradients"] for f in both)))
-        assert [f["wrapper"] for f in both] == [kind == "wrapped"] * 2
+
+    def results(kind):
+        names = (f"{kind}-2-0.pt", f"{kind}-2-1.pt", f"{kind}-1-0.pt")
+        *both, alone = (torch.load(folder / name) for name in names)
+        return both, alone
+
+    return results
+
+
+@pytest.mark.parametrize("kind", ["step", "fixed_step", "trainer", "wrapped", "fixed_trainer"])
+def test_two_processes_train_as_one_on_both_batches(processes, kind):
+    both, alone = processes(kind)
+    assert alone["messages"] == []
+    for found in both:
+        assert len(found["gradients"]) == len(alone["gradients"])
+        for ours, expected in zip(found["gradients"], alone["gradients"]):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        # one message of all gradients a step; DistributedDataParallel sends its own
+        sent = [] if kind == "wrapped" else [found["size"]] * len(found["gradients"])
+        assert found["messages"] == sent
+        torch.testing.assert_close(found["loss"], both[0]["loss"])
+        # the first pass goes the ordinary way
+        assert (found.get("replayed", 0) > 0) == (kind == "fixed_trainer")
+    assert all(torch.equal(a, b) for a, b in zip(*(f["gradients"] for f in both)))
+    assert [f["wrapper"] for f in both] == [kind == "wrapped"] * 2

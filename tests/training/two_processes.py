@@ -47,12 +47,14 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def step(folder, rank, processes, output):
+def step(folder, rank, processes, output, fixed=False):
     """Take steps of `FastStep`."""
     model = build(folder, rank).train()
     patch_encoder(model, precision="fp32")
     settings = Settings(batch_size=BATCH, max_steps=STEPS, epochs=1, lr=1e-3, grad_clip=0)
     one = FastStep(model, Plan.of(settings, "frozen", len(DATA)))
+    if fixed:
+        one.fixed = one.of_fixed_size(after=0)
     collate = pad(bitfit_fast.load_tokenizer(folder))
     size, found = 2 * BATCH // processes, []
     for number in range(STEPS):
@@ -62,6 +64,11 @@ def step(folder, rank, processes, output):
         found.append(gradients(model))
     return {"gradients": found, "size": one.arena.gradients.numel(), "loss": torch.zeros(()),
             "wrapper": False, "last": loss}  # fmt: skip
+
+
+def fixed_step(folder, rank, processes, output):
+    """Take steps of which forward and backward pass are of a fixed size."""
+    return step(folder, rank, processes, output, fixed=True)
 
 
 class Note(TrainerCallback):
@@ -77,16 +84,32 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
     return total / num_items_in_batch
 
 
-def trainer(folder, rank, processes, output, optim="adamw_torch"):
+class Fixed(BitFitTrainer):
+    """Takes passes of a fixed size on any device, and captures none of them."""
+
+    def _captures(self):
+        return True
+
+    def _record(self, arena):
+        return None
+
+    def _replayed(self, *args):
+        loss = super()._replayed(*args)
+        self.replayed = getattr(self, "replayed", 0) + (loss is not None)
+        return loss
+
+
+def trainer(folder, rank, processes, output, kind=BitFitTrainer, loss=mean_loss, **options):
     """Train with the trainer, two batches a step."""
     model, note = build(folder, rank), Note()
+    optim = options.setdefault("optim", "adamw_torch")
     arguments = TrainingArguments(
-        f"{output}/{optim}-{processes}", optim=optim, learning_rate=1e-3, num_train_epochs=1,
+        f"{output}/{optim}-{processes}", learning_rate=1e-3, num_train_epochs=1,
         per_device_train_batch_size=BATCH // processes, gradient_accumulation_steps=2,
-        use_cpu=True, save_steps=2, logging_steps=1, report_to=[], disable_tqdm=True,
+        use_cpu=True, save_steps=2, logging_steps=1, report_to=[], disable_tqdm=True, **options,
     )  # fmt: skip
-    one = BitFitTrainer(
-        model, arguments, train_dataset=DATA, callbacks=[note], compute_loss_func=mean_loss,
+    one = kind(
+        model, arguments, train_dataset=DATA, callbacks=[note], compute_loss_func=loss,
         processing_class=bitfit_fast.load_tokenizer(folder),
     )  # fmt: skip
     wrapped, sizes = [], []
@@ -104,12 +127,19 @@ def trainer(folder, rank, processes, output, optim="adamw_torch"):
     assert os.path.exists(f"{output}/{optim}-{processes}/checkpoint-2/bitfit.safetensors")
     losses = [row["loss"] for row in one.state.log_history if "loss" in row]
     return {"gradients": note.found, "size": sizes[0], "loss": torch.tensor(losses),
-            "wrapper": wrapped[0]}  # fmt: skip
+            "wrapper": wrapped[0], "replayed": getattr(one, "replayed", 0)}  # fmt: skip
 
 
 def wrapped(folder, rank, processes, output):
     """Train with an optimiser that has no arena, which leaves gradients to the wrapper."""
-    return trainer(folder, rank, processes, output, "sgd")
+    return trainer(folder, rank, processes, output, optim="sgd")
+
+
+def fixed_trainer(folder, rank, processes, output):
+    """Train with passes of a fixed size, and the loss of the model."""
+    return trainer(
+        folder, rank, processes, output, Fixed, None, average_tokens_across_devices=False
+    )
 
 
 def run(folder, output, rank, processes):
@@ -129,7 +159,7 @@ def run(folder, output, rank, processes):
         return send(tensor, *args, **options)
 
     distributed.all_reduce = all_reduce
-    for kind in (step, trainer, wrapped):
+    for kind in (step, fixed_step, trainer, wrapped, fixed_trainer):
         del sent[:]
         found = kind(folder, rank, processes, output) | {"messages": list(sent)}
         torch.save(found, f"{output}/{kind.__name__}-{processes}-{rank}.pt")

@@ -1,0 +1,162 @@
+"""Forward and backward passes of `transformers.Trainer`, of a fixed size so that they are captured.
+
+What is captured is the trainer's own `training_step`, with all that it does to the loss. The
+numbers that it divides by change from step to step, so they lie in tensors. Clipping, messages
+between processes and the update are the trainer's, after the passes of all batches of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+from transformers import Trainer
+
+from ..arena import Arena
+from ..data.batches import Batch
+from ..encoder import Encoder
+from ..errors import listed
+from .fixed import FixedSteps
+
+__all__ = ["Passes", "obstacle"]
+
+#: Methods of the trainer that run inside of a captured pass; another's may do anything.
+_INSIDE = (
+    "compute_loss",
+    "compute_loss_context_manager",
+    "autocast_smart_context_manager",
+    "_prepare_input",
+    "_prepare_inputs",
+    "_prepare_context_parallel_inputs",
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Passes:
+    """Forward and backward passes that add to the gradients in an arena.
+
+    Parameters
+    ----------
+    model, encoder, given, record, after, say
+        As for `FixedSteps`.
+    arena : Arena
+        Where gradients are, all in place before a pass.
+    run : callable
+        Takes the model's inputs, the number of labels in all batches of a step or None, and
+        the number of these batches, both as tensors; returns the loss.
+
+    Attributes
+    ----------
+    steps : FixedSteps
+        What runs them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        arena: Arena,
+        run: Callable[[dict[str, Any], Tensor | None, Tensor], Tensor],
+        given: Sequence[int],
+        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        after: int = 1,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._run = run
+        self._batches = arena.values.new_ones(())
+        self._labels: dict[torch.dtype, Tensor] = {}
+        self._now: Tensor | None = None
+        self._trained = list(arena.parameters.values())
+        rates = [
+            rate
+            for layer in encoder.stack.layers
+            for rate in (layer.dropout, layer.middle.dropout, layer.end.dropout)
+        ]
+        self._rates = [rate for rate in rates if rate is not None]
+        self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+        self.steps = FixedSteps(
+            model, encoder, self._pass, given, arena.values.device, record, after, say
+        )
+
+    def __call__(self, batch: Batch, labels: Any, batches: int) -> Tensor | None:
+        """Run a batch; return its loss, or None if it has to go another way.
+
+        Parameters
+        ----------
+        batch : dict
+            On any device.
+        labels : Tensor or None
+            How many there are in all batches of the step.
+        batches : int
+            How many these are.
+        """
+        if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 0):
+            return None
+        self._now = None
+        if labels is not None:
+            self._now = self._labels.setdefault(
+                labels.dtype, labels.new_ones((), device=self._batches.device)
+            )
+            self._now.copy_(labels, non_blocking=True)
+        self._batches.fill_(batches)
+        also = (None if labels is None else labels.dtype, *self._model())
+        return self.steps(batch, also=also)
+
+    def _pass(self, inputs: dict[str, Any], lr: Tensor) -> Tensor:
+        return self._run(inputs, self._now, self._batches)
+
+    def _model(self) -> tuple[Any, ...]:
+        """Return what callbacks may change of a model while it trains."""
+        trains = tuple(parameter.requires_grad for parameter in self._trained)
+        drops = [dropout.p for dropout in self._dropouts] + [rate() for rate in self._rates]
+        return trains, tuple(drops)
+
+
+def _hooked(model: nn.Module) -> list[str]:
+    """Return what has hooks, which a replay would not call."""
+    found = [
+        name or "the model"
+        for name, module in model.named_modules()
+        for hooks in _HOOKS
+        for hook in getattr(module, hooks).values()
+        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "bitfit_fast."))
+    ]
+    found += [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    ]
+    return [*found, "all modules"] if hooks_of_all._has_any_global_hook() else found
+
+
+def obstacle(trainer: Any, model: nn.Module) -> str | None:
+    """Return why the trainer's passes of a model cannot be captured, or None."""
+    args, kind = trainer.args, type(trainer)
+    others = [
+        name
+        for name in _INSIDE
+        if name in vars(trainer) or getattr(kind, name, None) is not getattr(Trainer, name, None)
+    ]
+    hooked = _hooked(trainer.model)
+    reasons = {
+        f"the model is wrapped in {type(model).__name__}": model is not trainer.model,
+        "compute_loss_func computes the loss": trainer.compute_loss_func is not None,
+        "labels are smoothed": trainer.label_smoother is not None,
+        f"the trainer has {listed(others)} of its own": others,
+        f"there are hooks on {listed(hooked, 3)}": hooked,
+        "gradients are scaled for fp16": args.fp16 or trainer.accelerator.scaler is not None,
+        "there are several GPUs in one process": args.n_gpu > 1,
+        "gradient checkpointing is asked for": trainer._checkpoints(),
+        "NEFTune adds noise": trainer.neftune_noise_alpha is not None,
+        "Liger kernels are asked for": getattr(args, "use_liger_kernel", False),
+        "torch_empty_cache_steps is set": args.torch_empty_cache_steps is not None,
+        "debug is set": args.debug,
+        "full determinism is asked for": args.full_determinism,
+        "sequences are spread over devices": (
+            getattr(trainer.accelerator, "parallelism_config", None) is not None
+        ),
+    }
+    return next((reason for reason, there in reasons.items() if there), None)
