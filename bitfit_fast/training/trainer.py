@@ -370,6 +370,9 @@ class BitFitTrainer(Trainer):
         loss = self._replayed(model, inputs, num_items_in_batch)
         if loss is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.scaler is not None and self.accelerator.sync_gradients:
+            # before it looks for what is not finite, for all processes to leave out the same steps
+            self._share()
         return loss
 
     def _replayed(self, model: nn.Module, inputs: Any, labels: Any) -> Tensor | None:

@@ -566,3 +566,11 @@ def test_two_processes_train_as_one_on_both_batches(processes, kind):
         assert (found.get("replayed", 0) > 0) == (kind == "fixed_trainer")
     assert all(torch.equal(a, b) for a, b in zip(*(f["gradients"] for f in both)))
     assert [f["wrapper"] for f in both] == [kind == "wrapped"] * 2
+
+
+def test_processes_leave_out_the_same_steps(processes):
+    both, alone = processes("scaled")
+    finite = [[g.isfinite().all().item() for g in found["gradients"]] for found in (*both, alone)]
+    assert finite == [[True, False, True, True]] * 3
+    assert torch.equal(both[0]["last"], both[1]["last"])
+    torch.testing.assert_close(both[0]["last"], alone["last"], rtol=1e-4, atol=1e-5)

@@ -47,6 +47,10 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def values(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
 def step(folder, rank, processes, output, fixed=False):
     """Take steps of `FastStep`."""
     model = build(folder, rank).train()
@@ -99,7 +103,9 @@ class Fixed(BitFitTrainer):
         return loss
 
 
-def trainer(folder, rank, processes, output, kind=BitFitTrainer, loss=mean_loss, **options):
+def trainer(
+    folder, rank, processes, output, kind=BitFitTrainer, loss=mean_loss, scaler=None, **options
+):
     """Train with the trainer, two batches a step."""
     model, note = build(folder, rank), Note()
     optim = options.setdefault("optim", "adamw_torch")
@@ -112,6 +118,7 @@ def trainer(folder, rank, processes, output, kind=BitFitTrainer, loss=mean_loss,
         model, arguments, train_dataset=DATA, callbacks=[note], compute_loss_func=loss,
         processing_class=bitfit_fast.load_tokenizer(folder),
     )  # fmt: skip
+    one.accelerator.scaler = scaler
     wrapped, sizes = [], []
     prepare = one._prepare_for_training
 
@@ -127,7 +134,8 @@ def trainer(folder, rank, processes, output, kind=BitFitTrainer, loss=mean_loss,
     assert os.path.exists(f"{output}/{optim}-{processes}/checkpoint-2/bitfit.safetensors")
     losses = [row["loss"] for row in one.state.log_history if "loss" in row]
     return {"gradients": note.found, "size": sizes[0], "loss": torch.tensor(losses),
-            "wrapper": wrapped[0], "replayed": getattr(one, "replayed", 0)}  # fmt: skip
+            "wrapper": wrapped[0], "replayed": getattr(one, "replayed", 0),
+            "last": values(model)}  # fmt: skip
 
 
 def wrapped(folder, rank, processes, output):
@@ -140,6 +148,24 @@ def fixed_trainer(folder, rank, processes, output):
     return trainer(
         folder, rank, processes, output, Fixed, None, average_tokens_across_devices=False
     )
+
+
+class Overflows(BitFitTrainer):
+    """Has gradients that are infinite once in one process, and takes no norms."""
+
+    def compute_loss(self, *args, **options):
+        loss = super().compute_loss(*args, **options)
+        overflows = self.state.global_step == 1 and self.args.process_index == 0
+        return loss * torch.inf if overflows else loss
+
+    def _get_grad_norm(self, *args, **options):
+        return torch.zeros(())
+
+
+def scaled(folder, rank, processes, output):
+    """Train with a gradient scaler, which leaves out steps whose gradients are not finite."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    return trainer(folder, rank, processes, output, Overflows, scaler=scaler, max_grad_norm=0.0)
 
 
 def run(folder, output, rank, processes):
@@ -159,7 +185,7 @@ def run(folder, output, rank, processes):
         return send(tensor, *args, **options)
 
     distributed.all_reduce = all_reduce
-    for kind in (step, fixed_step, trainer, wrapped, fixed_trainer):
+    for kind in (step, fixed_step, trainer, wrapped, fixed_trainer, scaled):
         del sent[:]
         found = kind(folder, rank, processes, output) | {"messages": list(sent)}
         torch.save(found, f"{output}/{kind.__name__}-{processes}-{rank}.pt")
