@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .data.load import load_task, task_name
 from .data.task import Split, TaskData
+from .encoder import encoder_of, refusal
 from .errors import BitFitError, listed
+from .kinds import Kind
 from .models.families import biases
+from .patching import patch_encoder, unpatch
 from .training.evaluate import evaluate, predict
 from .training.loop import check_length, choose_device
 from .training.settings import Settings
@@ -126,6 +130,25 @@ def _prepare(
     return options
 
 
+@contextlib.contextmanager
+def _in_precision(model: nn.Module, kind: Kind, precision: str) -> Iterator[None]:
+    """Let the encoder compute in bf16, and not the head, as in training, where that can be."""
+    trains = [p for p in model.parameters() if p.requires_grad]
+    patches = precision == "bf16" and encoder_of(model) is None
+    try:
+        for parameter in trains if patches else ():
+            parameter.requires_grad_(False)
+        if patches := patches and refusal(model) is None:
+            # what is read of answers leaves padding out
+            patch_encoder(model, precision=precision, reads_padding=None if kind.classes else False)
+        yield
+    finally:
+        if patches:
+            unpatch(model)
+        for parameter in trains:
+            parameter.requires_grad_(True)
+
+
 def evaluate_checkpoint(
     model: nn.Module,
     tokenizer: Any,
@@ -147,13 +170,15 @@ def evaluate_checkpoint(
     kind = checkpoint.kind
     options = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
     metrics = checkpoint.header.task.get("metrics") or data.metrics
-    scores = {}
-    for part in _splits(data, split):
-        if part.labels is None:
-            raise BitFitError(f"the split {part.name} of {data.name} has no labels to compare with")
-        encoded = kind.encode(part, tokenizer, options)
-        collate = kind.collate(tokenizer)
-        scores[part.name] = evaluate(model, encoded, collate, metrics, precision)
+    scores, collate = {}, kind.collate(tokenizer)
+    with _in_precision(model, kind, precision):
+        for part in _splits(data, split):
+            if part.labels is None:
+                raise BitFitError(
+                    f"the split {part.name} of {data.name} has no labels to compare with"
+                )
+            encoded = kind.encode(part, tokenizer, options)
+            scores[part.name] = evaluate(model, encoded, collate, metrics, precision)
     return scores
 
 
@@ -195,12 +220,13 @@ def predict_checkpoint(
     """
     kind = checkpoint.kind
     options = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
-    paths = []
-    for part in _splits(data, split):
-        # labels play no part here, and some files only pretend to have them
-        encoded = kind.encode(part.unlabelled(), tokenizer, options)
-        predictions, _ = predict(model, encoded, kind.collate(tokenizer), precision=precision)
-        paths += kind.write(data, part, predictions, Path(output))
+    paths, collate = [], kind.collate(tokenizer)
+    with _in_precision(model, kind, precision):
+        for part in _splits(data, split):
+            # labels play no part here, and some files only pretend to have them
+            encoded = kind.encode(part.unlabelled(), tokenizer, options)
+            predictions, _ = predict(model, encoded, collate, precision=precision)
+            paths += kind.write(data, part, predictions, Path(output))
     return paths
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Collate, evaluation_batches, move
-from ..encoder import for_model
+from ..encoder import encoder_of, for_model
 from ..kinds import KINDS, Encoded, forward
 
 __all__ = ["evaluate", "predict"]
@@ -35,7 +35,8 @@ def predict(
     batch_size : int
         Features a batch.
     precision : str
-        `fp32` or `bf16`.
+        `fp32`, or `bf16` for autocast; an encoder that runs as one operation computes in its
+        own precision, and the head behind it in that of its weights, as they train.
 
     Returns
     -------
@@ -50,10 +51,11 @@ def predict(
     labelled = encoded.split.labels is not None
     kept: list[Tensor] = [torch.empty(0)] * len(features)
     total, weight = torch.zeros((), device=device, dtype=torch.float64), 0
+    casts = precision == "bf16" and encoder_of(model) is None
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, casts):
             for indices, batch in evaluation_batches(features, collate, batch_size):
                 weighs = kind.weigh(batch) if labelled else 0
                 output = forward(model, for_model(model, move(batch, device)))

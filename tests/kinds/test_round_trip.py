@@ -69,18 +69,23 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_measured_in_training_is_measured_again(folder, kind, tmp_path):
+def test_what_was_measured_in_training_is_measured_again(folder, kind, tmp_path, precision):
     model, tokenizer = fresh(folder, kind)
     data, run = DATA[kind], tmp_path / "run"
-    summary = bitfit_fast.train(model, tokenizer, data, settings(kind), run)
+    summary = bitfit_fast.train(model, tokenizer, data, settings(kind, precision=precision), run)
     assert summary["backend"] == "fast" and summary["metrics"] == list(data.metrics)
     model, tokenizer, checkpoint = bitfit_fast.open_model(run)
     assert checkpoint.kind.name == kind
     assert checkpoint.header.labels == (list(data.labels) if data.labels else None)
     options = {name: getattr(settings(kind), name) for name in KINDS[kind].options}
     assert checkpoint.header.task == {"name": "toy", "metrics": list(data.metrics), **options}
-    again = evaluate_checkpoint(model, tokenizer, checkpoint, data)["validation"]
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    again = evaluate_checkpoint(model, tokenizer, checkpoint, data, precision=precision)
+    again = again["validation"]
+    assert encoder_of(model) is None
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
     best = summary["best"]["validation"]
     assert {k: best[k] for k in again} == pytest.approx(again, rel=1e-5)
     # the head is new, and all of it is in the file
