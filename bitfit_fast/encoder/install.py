@@ -420,7 +420,7 @@ def install(
     owners: list[nn.Module] = []
     frozen: dict[str, nn.Parameter] = {}
     layers = _layers(family, base)
-    built = []
+    built, parts = [], []
     for number, (name, layer) in enumerate(layers):
         linears = _linears(family, layer)
         for role, module in linears.items():
@@ -428,7 +428,9 @@ def install(
             names.append(None if module.bias is None else path)
             owners.append(module)
             frozen[f"{path.removesuffix('bias')}weight"] = module.weight
-        built.append(_layer(family, row, number, len(layers), layer, linears, layers, dtype))
+        made, thirds = _layer(family, row, number, len(layers), layer, linears, layers, dtype)
+        built.append(made)
+        parts += thirds
     entry = None
     if family.pre_norm:
         norm = _linears(family, layers[0][1])["attention-layernorm"]
@@ -464,9 +466,15 @@ def install(
         ),
     )
     container = base.get_submodule(row.container)
-    for module, mixin in ((base, _Base), (container, _container(container))):
+    kinds = [(base, _Base), (container, _container(container))]
+    subclasses = [(module, _subclass(mixin, type(module))) for module, mixin in kinds]
+    # all that could fail is done: until here the model is as it was
+    for weight, part in parts:
+        weight.data = part
+    encoder.marks = [_mark(weight) for weight in frozen.values()]
+    for module, subclass in subclasses:
         vars(module)[_ENCODER] = encoder
-        module.__class__ = _subclass(mixin, type(module))
+        module.__class__ = subclass
     for module in base.embeddings.children():  # type: ignore[union-attr]
         for drop_in in _DROP_INS:
             if type(module) is drop_in._replaces and not _hooked(module):
@@ -537,7 +545,9 @@ def _layer(
     linears: dict[str, Any],
     layers: list[tuple[str, nn.Module]],
     dtype: torch.dtype,
-) -> Layer:
+) -> tuple[Layer, list[tuple[nn.Parameter, Tensor]]]:
+    """Return a layer, and the weights that are to look at a part of its one buffer."""
+
     def product(role: str) -> Product:
         return Product(linears[role].weight.detach().to(dtype))
 
@@ -563,10 +573,10 @@ def _layer(
 
     projections = [linears[role] for role in ("query", "key", "value")]
     joined = torch.cat([module.weight.detach() for module in projections])
+    parts = []
     if joined.dtype == dtype:
         # the modules look at the one buffer, so that there is no second copy
-        for module, part in zip(projections, joined.chunk(3)):
-            module.weight.data = part
+        parts = [(m.weight, part) for m, part in zip(projections, joined.chunk(3))]
     act = activation_name(layer.get_submodule(row.activation))
     assert act is not None
     if not family.pre_norm:
@@ -585,7 +595,7 @@ def _layer(
         else:
             index = number * len(ROLES) + ROLES.index("output")
             end = Junction(index, None, None, 0.0, rate("output"))
-    return Layer(
+    made = Layer(
         Product(joined.to(dtype)),
         product("attention-output"),
         product("intermediate"),
@@ -595,6 +605,7 @@ def _layer(
         middle,
         end,
     )
+    return made, parts
 
 
 # ------------------------------------------------------------------------------- subclasses

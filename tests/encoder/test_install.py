@@ -1,5 +1,6 @@
 """What patching leaves as it was, and what unpatching brings back."""
 
+import importlib
 import json
 
 import pytest
@@ -56,6 +57,39 @@ def test_unpatching_brings_everything_back(family, precision, build, picture, ba
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
     unpatch(model)
     model(**batch(model))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["Product", "_sums", "_subclass"])
+def test_patching_that_fails_half_way_changes_nothing(
+    family, precision, what, build, picture, monkeypatch
+):
+    install = importlib.import_module("bitfit_fast.encoder.install")
+
+    def of(model):
+        storages = [(p.data_ptr(), p.untyped_storage().nbytes()) for p in model.parameters()]
+        return picture(model) | {"storages": storages}
+
+    makes, made = getattr(install, what), []
+
+    def scarce(*args):
+        made.append(what)
+        if len(made) == (2 if what == "_subclass" else 6):
+            raise torch.OutOfMemoryError("out of memory")
+        return makes(*args)
+
+    model = build(family)
+    select(model)
+    before = of(model)
+    monkeypatch.setattr(install, what, scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        patch_encoder(model, precision=precision)
+    after = of(model)
+    assert same_tensors(after.pop("state"), before.pop("state"))
+    assert after == before
+    monkeypatch.undo()
+    patch_encoder(model, precision=precision)
+    model.eval()
 
 
 def test_patching_says_what_it_did(build):
