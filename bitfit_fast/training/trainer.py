@@ -88,7 +88,8 @@ class BitFitTrainer(Trainer):
     Raises
     ------
     BitFitError
-        For a term, layer, head, memory mode or budget that there is not.
+        For a term, layer, head, memory mode or budget that there is not, and for a model that
+        Diff-Pruning is to train.
 
     Examples
     --------
@@ -147,6 +148,12 @@ class BitFitTrainer(Trainer):
         return model
 
     def _select(self, model: nn.Module) -> None:
+        extra = addition(model)
+        if extra is not None and not extra.settled:
+            raise BitFitError(
+                f"BitFitTrainer cannot train method '{extra.method}', whose gates and penalty "
+                "only bitfit_fast.train knows"
+            )
         chosen = self._choice != {"terms": "all", "layers": None, "head": True}
         if chosen or not _is_selected(model):
             select(model, **self._choice)  # type: ignore[arg-type]

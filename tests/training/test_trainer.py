@@ -192,6 +192,20 @@ def test_frozen_tables_of_positions_are_no_selection(build, trainer):
     assert not model.bert.encoder.layer[0].output.dense.weight.requires_grad
 
 
+def test_what_only_train_knows_is_refused(build, trainer):
+    def prepared():
+        model = build()
+        bitfit_fast.prepare(model, "diff-pruning")
+        return model
+
+    for model, given in ((prepared(), {}), (None, {"model_init": prepared})):
+        with pytest.raises(BitFitError, match="'diff-pruning', whose gates and penalty only"):
+            trainer(BitFitTrainer, model, given=given)
+    other = build()
+    bitfit_fast.prepare(other, "random-uniform")
+    trainer(BitFitTrainer, other)
+
+
 def test_only_the_head(build, trainer):
     model = build()
     model.base_model.requires_grad_(False)
