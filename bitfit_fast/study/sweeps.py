@@ -20,7 +20,7 @@ from typing import Any
 from ..data.load import load_task
 from ..data.task import TaskData
 from ..errors import BitFitError, listed
-from ..methods import prepare
+from ..methods import METHODS, prepare
 from ..models.loading import describe_model
 from ..training.loop import subset
 from ..training.settings import DEFAULT_EPOCHS, MIN_STEPS, Settings
@@ -269,26 +269,32 @@ def measure(study: Study) -> dict[str, int]:
 
 
 def check_methods(study: Study) -> None:
-    """Refuse terms and layers that a model does not have, before its weights are loaded.
+    """Refuse methods, terms and layers that a model cannot take, before its weights are loaded.
 
     Raises
     ------
     BitFitError
-        With the terms or layers that it has.
+        With method, model and reason.
     """
     for grid in study.grids:
         for model in grid.models:
             described = describe_model(model)
             for method in grid.methods:
-                if method.method != "bitfit":
+                adds = METHODS[method.method].kind is not None
+                if not adds and method.method != "bitfit":
                     continue
                 try:
                     # a model that is not for classification gets its head later
                     prepare(
-                        described, "bitfit", terms=method.terms, layers=method.layers, head=False
-                    )
+                        describe_model(model) if adds else described, method.method,
+                        terms=method.terms, layers=method.layers, head=False, seed=0,
+                        **dict(method.options),
+                    )  # fmt: skip
                 except BitFitError as error:
                     raise BitFitError(f"method '{method.label}' for {model}: {error}") from None
+                except RuntimeError:
+                    # what takes the weights to find out, the run will tell
+                    continue
 
 
 def _examples(size: float | int, available: int, task: str) -> int:

@@ -5,10 +5,12 @@ import random
 from dataclasses import replace
 
 import pytest
+from transformers import FNetConfig
 
 from bitfit_fast import Split, TaskData
 from bitfit_fast.errors import BitFitError
 from bitfit_fast.study import expand, read_study
+from bitfit_fast.study.runner import open_folder
 from bitfit_fast.study.sweeps import CLOCK, FINAL, TRIAL, check_methods, hold_back, measure, settle
 from bitfit_fast.training.loop import subset
 
@@ -90,6 +92,26 @@ def test_terms_and_layers_that_a_model_has_not_are_refused_before_anything_runs(
     for method in ("{method: bitfit, layers: '7'}", "{method: bitfit, terms: relative-layernorm}"):
         with pytest.raises(BitFitError, match=r"method 'bitfit' for .*tiny-bert"):
             check_methods(read_study(study_file(methods=f"[{method}]")))
+
+
+def test_methods_that_a_model_cannot_take_are_refused_before_anything_runs(
+    study_file, bert_folder, tmp_path
+):
+    config = FNetConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+        use_tpu_fourier_optimizations=False,
+    )  # fmt: skip
+    # what is looked at is the configuration alone
+    config.save_pretrained(tmp_path / "fnet")
+    entries = "[full, bitfit, diff-pruning, {name: narrow, method: adapters, bottleneck: 4}]"
+    path = study_file(methods=entries)
+    check_methods(read_study(path))
+    models = f"[{bert_folder}, {tmp_path / 'fnet'}]"
+    path.write_text(path.read_text().replace(str(bert_folder), models))
+    said = r"^method 'narrow' for .*fnet: method 'adapters' does not know the linear layers of"
+    with pytest.raises(BitFitError, match=said):
+        open_folder(read_study(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_task_without_labels_is_refused(study_file, files, tmp_path):
