@@ -67,7 +67,7 @@ class Passes:
     ) -> None:
         self._run = run
         self._batches = arena.values.new_ones(())
-        self._labels: dict[torch.dtype, Tensor] = {}
+        self._labels: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
         self._now: Tensor | None = None
         self._trained = list(arena.parameters.values())
         rates = [
@@ -88,22 +88,20 @@ class Passes:
         ----------
         batch : dict
             On any device.
-        labels : Tensor or None
+        labels : Tensor, int or None
             How many there are in all batches of the step.
         batches : int
             How many these are.
         """
-        if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 0):
-            return None
-        self._now = None
+        self._now = kind = None
         if labels is not None:
-            self._now = self._labels.setdefault(
-                labels.dtype, labels.new_ones((), device=self._batches.device)
-            )
-            self._now.copy_(labels, non_blocking=True)
+            labels = torch.as_tensor(labels)
+            kind = labels.dtype, labels.shape
+            if kind not in self._labels:
+                self._labels[kind] = torch.ones_like(labels, device=self._batches.device)
+            self._now = self._labels[kind].copy_(labels, non_blocking=True)
         self._batches.fill_(batches)
-        also = (None if labels is None else labels.dtype, *self._model())
-        return self.steps(batch, also=also)
+        return self.steps(batch, also=(kind, *self._model()))
 
     def _pass(self, inputs: dict[str, Any], lr: Tensor) -> Tensor:
         return self._run(inputs, self._now, self._batches)

@@ -151,8 +151,17 @@ def images(count):
     ]
 
 
+class CountsInNumbers(Fixed):
+    """Counts labels in a number, which transformers does in a tensor."""
+
+    def get_batch_samples(self, *args):
+        batches, labels = super().get_batch_samples(*args)
+        return batches, int(labels)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
-def test_a_loss_that_is_divided_by_the_labels_of_a_step(tmp_path, runs, accumulation):
+@pytest.mark.parametrize("kind", [Fixed, CountsInNumbers])
+def test_a_loss_that_is_divided_by_the_labels_of_a_step(tmp_path, runs, accumulation, kind):
     def run(kind):
         torch.manual_seed(0)
         config = ViTConfig(
@@ -168,7 +177,7 @@ def test_a_loss_that_is_divided_by_the_labels_of_a_step(tmp_path, runs, accumula
         one.train()
         return one
 
-    ours, theirs = run(Fixed), run(BitFitTrainer)
+    ours, theirs = run(kind), run(BitFitTrainer)
     # batches of four, and then those of two
     assert len(runs) == 18 and sum(runs) == 16
     assert_same(ours, theirs)
