@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .transfer import sent
+
 __all__ = ["Budget", "FixedPacking", "Group", "Packing"]
 
 #: How much larger a group of sequences may become by padding them to their longest, and the
@@ -88,12 +90,6 @@ class Packing:
         """Tokens of the longest sequence."""
         return max(self.lengths)
 
-    def _sent(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the CPU on the device, without waiting for it."""
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
     @cached_property
     def _lengths(self) -> Tensor:
         return torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
@@ -105,12 +101,12 @@ class Packing:
     @cached_property
     def starts(self) -> Tensor:
         """`[B + 1]` int32: where each sequence begins, and where the last one ends."""
-        return self._sent(self._starts.int())
+        return sent(self._starts.int(), self.device)
 
     @cached_property
     def first(self) -> Tensor:
         """`[B]` int64: each sequence's first row."""
-        return self._sent(self._starts[:-1])
+        return sent(self._starts[:-1], self.device)
 
     @cached_property
     def each(self) -> Tensor:
@@ -124,7 +120,7 @@ class Packing:
         # where each sequence begins in the padded batch, before where it does in the packed one
         ahead = self.padded * torch.arange(len(self.lengths), device="cpu") - self._starts[:-1]
         rows = torch.arange(self.tokens, device="cpu") + ahead.repeat_interleave(self._lengths)
-        return self._sent(rows)
+        return sent(rows, self.device)
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the tokens `[T, ...]` of `[B, S, ...]`."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transfer import sent
 from .task import Split
 
 __all__ = [
@@ -103,7 +104,7 @@ def training_batches(
 def move(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on `device`; what else it holds stays as it is."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        key: sent(value, device) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
 

@@ -13,6 +13,7 @@ from ..kernels._constants import MAX_COLUMNS
 from ..kernels._launch import column_config, processors
 from ..ops._backend import uses_triton
 from ..ops.partial import add_segments
+from ..transfer import sent
 
 __all__ = ["Sums", "defers"]
 
@@ -117,9 +118,8 @@ class Sums:
             return table
         table = self._tables.pop(key, None)
         if table is None:
-            table = torch.tensor(self._segments, dtype=torch.int32, device="cpu")
-            if device.type == "cuda":
-                table = table.pin_memory().to(device, non_blocking=True)
+            host = torch.tensor(self._segments, dtype=torch.int32, device="cpu")
+            table = sent(host, device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured[key] = table
         else:

@@ -20,6 +20,7 @@ from ..data.batches import Batch
 from ..encoder import LENGTHS, Encoder, fixed_refusal
 from ..errors import BitFitError, BitFitWarning, listed
 from ..packing import Budget, FixedPacking, Packing
+from ..transfer import sent
 
 __all__ = ["CannotCapture", "FixedSteps", "budgets", "check_budget", "token_lengths"]
 
@@ -196,7 +197,7 @@ class _Inputs:
     def _load_tokens(self, batch: Batch, lengths: Sequence[int], budget: Budget, lr: float) -> None:
         ids = batch["input_ids"]
         tables = FixedPacking.tables(budget, lengths, ids.shape[1])
-        source = self._sent(tables.pop("source")).to(ids.device, non_blocking=True)
+        source = sent(tables.pop("source"), ids.device)
         pins = self.device.type == "cuda"
         # a new one each time: that of the step before may not have been read yet
         host = torch.empty(len(self._table), dtype=torch.int64, device="cpu", pin_memory=pins)
