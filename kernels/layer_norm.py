@@ -224,10 +224,12 @@ def layer_norm_config(rows: int, columns: int, processors: int) -> dict[str, int
     block_n = max(16, next_power_of_2(columns))
     block_m = max(1, min(16, _TILE // block_n))
     useful = rows // max(_ROWS_PER_PROGRAM, block_m)
+    # of short rows the assembler would hold so many a thread that some registers spill
+    least = 8 if block_n <= 64 else 4
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "num_warps": max(4, min(16, block_m * block_n // 256)),
+        "num_warps": max(least, min(16, block_m * block_n // 256)),
         "P": max(1, min(_PROGRAMS_PER_PROCESSOR * processors, useful)),
     }
 
