@@ -174,6 +174,9 @@ def measure(
             # compiles, captures, and makes the optimiser's state
             for batch in inputs[name] * variant.begins:
                 step(batch)
+            captured = getattr(step.inner, "fixed", None)
+            if captured is not None and captured.refusal is not None:
+                raise RuntimeError(captured.refusal)  # it would be timed without its graph
             steps[name] = step
         except Exception as failure:
             facts[name]["error"] = _one_line(failure)

@@ -56,19 +56,26 @@ def test_the_script_leaves_few_files_and_a_table(done):
     names = sorted(path.name for path in folder.iterdir())
     device = results_in(folder)["device"]
     slug = "cpu" if "threads" in device else device.lower().replace(" ", "-")
-    parts = ("benchmarks", "cost-model", "memory", "step", "step-compiled", "tests")
-    drawn = (f"{name}-{slug}" for name in ("kernels", "step", "step-compiled"))
-    left = {f"gpu-{part}.log" for part in parts} | {"gpu-tests.xml", "cost-model.json"}
-    left |= {f"{name}.{kind}" for name in drawn for kind in ("json", "png")}
-    assert set(names) == left | {f"memory-{slug}.json"}
+    measured = {f"{n}-{slug}.json" for n in ("kernels", "memory", "step", "step-compiled")}
+    assert set(names) == {"gpu.log", "gpu-tests.xml", "cost-model.json"} | measured
+    log = (folder / "gpu.log").read_text(encoding="utf-8")
+    for part in ("tests", "step", "step-compiled", "memory", "benchmarks", "cost-model"):
+        assert f"== {part}: " in log
+        assert f"== {part}: exit status 0" in process.stdout
     suite = xml.etree.ElementTree.parse(folder / "gpu-tests.xml").getroot()[0]
     assert int(suite.get("tests")) > 0 and suite.get("failures") == "0"
-    table = process.stdout.split("exit status 0")[-1]
+    table = process.stdout.partition("== benchmarks: ")[2]
     assert "product_gelu_bwd" in table and "eager ms" in table
 
 
-def test_the_pictures_are_some(done):
-    for picture in done[0].glob("*.png"):
+def test_the_pictures_are_some(done, tmp_path):
+    drawn = [p for p in done[0].glob("*.json") if p.name.startswith(("kernels", "step"))]
+    assert len(drawn) == 3
+    for results in drawn:
+        script = "plot.py" if results.name.startswith("kernels") else "plot_step.py"
+        command = [sys.executable, f"benchmarks/{script}", results, "--output", tmp_path]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        picture = tmp_path / f"{results.stem}.png"
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
