@@ -36,11 +36,12 @@ log=$out/gpu.log
 part() { # name, seconds, command: its end goes to the screen
     local name=$1 limit=$(($2 * patience))
     shift 2
-    local began=$SECONDS status=0
+    local began=$SECONDS status=0 before
     echo "== $name: $*" >>"$log"
+    before=$(wc -l <"$log")
     # what an interrupt does not stop is killed
     timeout --signal=INT --kill-after=15 "$limit" "$@" >>"$log" 2>&1 || status=$?
-    tail -n 5 "$log"
+    tail -n "+$((before + 1))" "$log" | tail -n 5
     echo "== $name: exit status $status after $((SECONDS - began)) s"
     [ "$status" -eq 0 ] || failed+=("$name")
 }
