@@ -95,7 +95,7 @@ part memory 35 "$python" benchmarks/memory.py "${kept[@]}" --output "$out/memory
 part benchmarks 95 "$python" -m pytest benchmarks -q -p no:cacheprovider --benchmark-only \
     --benchmark-columns=median,iqr,rounds --results-dir="$out" --seconds=65
 if [ "$out/kernels-$device.json" -nt "$scratch/began" ]; then
-    timeout 25 "$python" benchmarks/plot.py "$out/kernels-$device.json" --output "$scratch" ||
+    timeout $((25 * patience)) "$python" benchmarks/plot.py "$out/kernels-$device.json" --output "$scratch" ||
         failed+=(table)
 fi
 # which needs no GPU
