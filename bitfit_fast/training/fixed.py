@@ -270,8 +270,8 @@ class FixedSteps:
     def __call__(self, batch: Batch, lr: float = 0.0, also: Hashable = None) -> Tensor | None:
         """Train on a batch, and return its loss; None if it has to go another way.
 
-        Why it has to is said once. `lr` is for steps that update; `also` is what a step depends on besides the batch: steps
-        of a kind have it in common.
+        Why it has to is said once. `lr` is for steps that update; `also` is what a step depends
+        on besides the batch: steps of a kind have it in common.
         """
         try:
             return self._trained(batch, lr, also)
