@@ -48,10 +48,13 @@ def run(arguments: argparse.Namespace, task: str, seed: int, backend: str) -> di
 
 
 def row(summaries: list[dict[str, Any]], task: str) -> dict[str, Any]:
-    """Return mean and standard deviation of each metric over the seeds, and the median step."""
+    """Return mean and standard deviation over the seeds, and the median step.
+
+    Of each metric and of the loss, which tells runs apart where none learns the task.
+    """
     scores = {
         metric: [summary["final"]["validation"][metric] for summary in summaries]
-        for metric in GLUE[task].metrics
+        for metric in (*GLUE[task].metrics, "loss")
     }
     return {
         "scores": scores,
@@ -85,7 +88,8 @@ def main() -> None:
             for backend in BACKENDS:
                 done[backend].append(run(arguments, task, seed, backend))
                 score = done[backend][-1]["final"]["validation"]
-                print(task, backend, seed, {m: round(score[m], 4) for m in GLUE[task].metrics})
+                shown = (*GLUE[task].metrics, "loss")
+                print(task, backend, seed, {m: round(score[m], 4) for m in shown}, flush=True)
         results[task] = {backend: row(done[backend], task) for backend in BACKENDS}
     write_json(
         arguments.output,

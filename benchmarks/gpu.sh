@@ -51,10 +51,10 @@ if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
 else
     # whole encoders and captured steps first; compiling ahead of time and the kernels for CPUs
     # need no GPU
-    tests=(tests/encoder/test_kernels.py tests/training/test_graph.py)
+    tests=(tests/encoder/test_kernels.py tests/training/test_graph.py tests/training/test_passes.py)
     for tested in tests/kernels/test_*.py; do
         case $tested in
-            *_compile.py | *_native*.py | *_tiles.py) ;;
+            *_compile.py | *_emulated.py | *_native*.py | *_tiles.py) ;;
             *) tests+=("$tested") ;;
         esac
     done

@@ -322,6 +322,12 @@ class ArenaAdamW(torch.optim.AdamW):
             Clips the gradients first, as `nn.utils.clip_grad_norm_` does; 0 does not.
         lr : Tensor, optional
             On the device, in the place of the groups' learning rates.
+
+        Raises
+        ------
+        BitFitError
+            If gradients that a scaler has scaled are to be clipped, or in a CUDA graph without
+            `capturable`.
         """
         loss = None
         if closure is not None:
@@ -337,7 +343,12 @@ class ArenaAdamW(torch.optim.AdamW):
         scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         in_kernels = all(isinstance(rate, Tensor) for rate in rates) and self._positive_betas
         partial = None
-        if max_norm and scale is overflow is None:
+        if max_norm and (scale is not None or overflow is not None):
+            raise BitFitError(
+                "step(max_norm=...) clips no gradients that a scaler has scaled; "
+                "unscale them, and clip them by Arena.clip_"
+            )
+        if max_norm:
             if in_kernels and uses_triton(self.arena.values):
                 partial = squares(self.arena.gradients, self._steps)
             else:

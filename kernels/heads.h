@@ -262,10 +262,12 @@ void attention_bwd(const X* dout, const X* q, const X* k, const X* v, X* dq, int
             }
         }
         if (dk) {
-            transposed_product<X>(query.transposed_rows(), {ds_panels, depth * padded}, depth, a.size,
-                               keys, dk + k0 * dkv_stride + at, dkv_stride);
-            transposed_product<X>(above.transposed_rows(), {p_panels, depth * padded}, depth, a.size,
-                               keys, dv + k0 * dkv_stride + at, dkv_stride);
+            const Operand<Number<X>> of_keys{ds_panels, depth * padded};
+            const Operand<Number<X>> of_values{p_panels, depth * padded};
+            transposed_product(query.transposed_rows(), of_keys, depth, a.size, keys,
+                               dk + k0 * dkv_stride + at, dkv_stride);
+            transposed_product(above.transposed_rows(), of_values, depth, a.size, keys,
+                               dv + k0 * dkv_stride + at, dkv_stride);
         }
     });
 }

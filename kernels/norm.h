@@ -69,9 +69,9 @@ struct LayerNorm {
 };
 
 // `kept` is xhat, or with `mean` what was normalised. dx is written only where it is not ds.
-template <class X, class R, class Y>
+template <class X, class R, class Y, class D = Y>
 struct LayerNormBwd {
-    const Y* dy;
+    const D* dy;
     int64_t stride;
     const Y* kept;
     int64_t kept_stride;
@@ -92,7 +92,8 @@ struct LayerNormBwd {
         const float* weight = gamma;
         const bool normalise = mean;
         for (int64_t i = first; i < last; i++) {
-            const Y *from = dy + i * stride, *row = kept + i * kept_stride;
+            const D* from = dy + i * stride;
+            const Y* row = kept + i * kept_stride;
             float shift = mean ? mean[i] : 0.0f, scale = mean ? rstd[i] : 1.0f, r = rstd[i];
             Floats total = {}, product = {};
             sweep(columns, [&](int64_t j, auto at) {

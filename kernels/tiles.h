@@ -1,10 +1,13 @@
-// Products with frozen weights, and all of a layer that is not attention, 32 x 32 numbers at a time.
+// Products with frozen weights, and all of a layer that is not attention, 32 x 32 numbers at a
+// time.
 //
 // A weight never changes, so it is packed once, for the forward and for the backward pass: panels
 // of 32 columns, in each the steps one after the other, which are loaded as they are. What follows
 // a product, bias, residual, activation and sums over tokens, is done on each 32 x 32 numbers of
 // it while they are in the first-level cache.
 #pragma once
+
+#include <type_traits>
 
 #include "norm.h"
 #include "units.h"
@@ -263,26 +266,36 @@ void each_chunk(int64_t rows, int64_t bytes_a_row, int threads, Work work) {
     }
 }
 
-// How many columns of the feed-forward block there are at a time: all of them in bf16; wider
-// ones would fill the cache with few rows, for which a weight would pass through it again.
+// How many columns of the feed-forward block there are at a time: all of them where operands are
+// in bf16; wider ones would fill the cache with few rows, for which a weight would pass through it
+// again. Sums over such slices are in fp32.
 template <class X>
 inline int64_t columns_at_once(int64_t inner) {
     return BYTES<X> == sizeof(bf16) ? inner : std::min(inner, SLICE);
 }
 
-// y = LN(s + dropout(act(s W_up + b_up) W_down + b)), where s = LN(x + dropout(o W_out + b)): what a
-// post-norm layer does behind attention, whose heads gave `o`, without leaving the cache between.
+template <class X>
+using SliceSum = std::conditional_t<BYTES<X> == sizeof(bf16), X, float>;
+
+template <class X>
+inline int64_t end_bytes(int64_t width, int64_t slice) {
+    return BYTES<X> * (width + slice) + (sizeof(X) + sizeof(SliceSum<X>)) * width;
+}
+
+// y = LN(s + dropout(act(s W_up + b_up) W_down + b)), where s = LN(x + dropout(o W_out + b)): what
+// a post-norm layer does behind attention, whose heads gave `o`, without leaving the cache between.
 template <class Act, class X>
 void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& middle,
                const Weight& up, const float* b, const Slopes& slopes, const Weight& down,
                const Junction<X>& end, X* y, int64_t rows, int rounds, int threads) {
     const int64_t width = out.columns, inner = up.columns, slice = columns_at_once<X>(inner);
-    each_chunk(rows, BYTES<X> * (width + slice) + 2 * sizeof(X) * width, threads,
+    each_chunk(rows, end_bytes<X>(width, slice), threads,
                [&](int64_t first, int64_t count, Scratch& scratch) {
         const int64_t size = whole(count) * SIDE;
         auto* gathered = scratch.take<Number<X>>(PLANES<X> * size * width);
         auto* h = scratch.take<Number<X>>(PLANES<X> * size * slice);
-        X *z = scratch.take<X>(size * width), *s = scratch.take<X>(size * width);
+        auto* z = scratch.take<SliceSum<X>>(size * width);
+        X* s = scratch.take<X>(size * width);
         const Operand<Number<X>> of_width{gathered, size * width}, of_slice{h, size * slice};
         bool onto = false;
         const auto keep_rows = [&](auto... part) {
@@ -295,9 +308,10 @@ void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& mid
         const int64_t before = first * width;
         gather_rows(o + before, width, count, width, gathered, of_width.plane);
         multiply_rows<X>(of_width, count, out, 0, width / SIDE, keep_rows);
-        LayerNorm<X, X, X>{z - before, width, middle.b, x, width, middle.gamma, middle.beta,
-                           s - before, nullptr, middle.xhat, nullptr, middle.rstd, width,
-                           middle.eps, middle.drop(rounds)}(first, first + count);
+        using Norm = LayerNorm<SliceSum<X>, X, X>;
+        Norm{z - before, width, middle.b, x, width, middle.gamma, middle.beta, s - before, nullptr,
+             middle.xhat, nullptr, middle.rstd, width, middle.eps,
+             middle.drop(rounds)}(first, first + count);
         gather_rows(s, width, count, width, gathered, of_width.plane);
         for (int64_t left = 0; left < inner; left += slice) {
             const int64_t some = std::min(slice, inner - left);
@@ -312,12 +326,12 @@ void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& mid
                 });
             });
             // behind the last row stands what stood there before; it is multiplied, and left out
-            multiply_rows<X>(of_slice, count, down.rows<Number<X>>(left, some), 0, width / SIDE, keep_rows);
+            multiply_rows<X>(of_slice, count, down.rows<Number<X>>(left, some), 0, width / SIDE,
+                             keep_rows);
             onto = true;
         }
-        LayerNorm<X, X, X>{z - before, width, end.b, s - before, width, end.gamma, end.beta, y,
-                           nullptr, end.xhat, nullptr, end.rstd, width, end.eps,
-                           end.drop(rounds)}(first, first + count);
+        Norm{z - before, width, end.b, s - before, width, end.gamma, end.beta, y, nullptr,
+             end.xhat, nullptr, end.rstd, width, end.eps, end.drop(rounds)}(first, first + count);
     });
 }
 
@@ -332,24 +346,29 @@ void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, co
     Sums end_beta(sums_out[0], rows, width), end_b(sums_out[1], rows, width);
     Sums up_b(sums_out[2], rows, inner);
     Sums middle_beta(sums_out[3], rows, width), middle_b(sums_out[4], rows, width);
-    each_chunk(rows, BYTES<X> * (width + slice) + 2 * sizeof(X) * width, threads,
+    each_chunk(rows, end_bytes<X>(width, slice), threads,
                [&](int64_t first, int64_t count, Scratch& scratch) {
         const int64_t size = whole(count) * SIDE, before = first * width;
         auto* gathered = scratch.take<Number<X>>(PLANES<X> * size * width);
         auto* du = scratch.take<Number<X>>(PLANES<X> * size * slice);
-        X *ds = scratch.take<X>(size * width), *dz = scratch.take<X>(size * width);
+        auto* ds = scratch.take<SliceSum<X>>(size * width);
+        X* dz = scratch.take<X>(size * width);
         const Operand<Number<X>> of_width{gathered, size * width}, of_slice{du, size * slice};
-        const auto norm = [&](const X* from, const Junction<X>& at, X* to, Sums& beta,
+        const auto norm = [&](const auto* from, const Junction<X>& at, auto* to, Sums& beta,
                               Sums& bias) {
+            using From = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+            using To = std::remove_pointer_t<decltype(to)>;
             const Dropout like = at.drop(rounds);
-            LayerNormBwd<X, X, X> bwd{from, width, at.xhat, width, nullptr, at.rstd, at.gamma,
-                                      nullptr, 0, to, like.threshold ? dz - before : nullptr,
-                                      width, like};
+            LayerNormBwd<X, To, X, From> bwd{
+                from,    width, at.xhat, width, nullptr, at.rstd,
+                at.gamma, nullptr, 0, to, like.threshold ? dz - before : nullptr, width, like};
             for (int64_t i = first; i < first + count; i += SIDE)
                 bwd(i, std::min(first + count, i + SIDE), beta.block(i / SIDE),
                     bias.block(i / SIDE), nullptr);
-            gather_rows(like.threshold ? dz : to + before, width, count, width, gathered,
-                        of_width.plane);
+            if (like.threshold)
+                gather_rows(dz, width, count, width, gathered, of_width.plane);
+            else
+                gather_rows(to + before, width, count, width, gathered, of_width.plane);
         };
         norm(dy, end, ds - before, end_beta, end_b);
         for (int64_t left = 0; left < inner; left += slice) {
@@ -366,7 +385,7 @@ void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, co
             multiply_rows<X>(of_slice, count, up.rows<Number<X>>(left, columns), 0, width / SIDE,
                              [&](auto... part) {
                 each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
-                    X* to = ds + i * width + j;
+                    auto* to = ds + i * width + j;
                     narrow(to, v + widen(to));
                 });
             });

@@ -54,7 +54,8 @@ constexpr int PLANES = Layout<X>::planes;
 template <class X>
 constexpr int64_t BYTES = PLANES<X> * sizeof(Number<X>);
 
-// An operand's numbers; of three planes, the second and third are `plane` and twice that further on.
+// An operand's numbers; of three planes, the second and third are `plane` and twice that further
+// on.
 template <class P>
 struct Operand {
     const P* data;
@@ -182,7 +183,8 @@ inline void step_of_rows(const bf16* from, int64_t stride, bf16* to) {
     }
 }
 inline void step_of_rows(const float* from, int64_t stride, float* to) {
-    for (int k = 0; k < SIDE; k++) std::memcpy(to + k * SIDE, from + k * stride, SIDE * sizeof(float));
+    for (int k = 0; k < SIDE; k++)
+        std::memcpy(to + k * SIDE, from + k * stride, SIDE * sizeof(float));
 }
 
 // A step whose columns 32 rows are.
@@ -363,8 +365,8 @@ inline void multiply_up_to_11(int64_t count, const P* rows, int64_t stride, int6
 // panel `next` is fetched meanwhile, unless it is null: what does not wait for memory waits for it.
 // What else is to be done, between(i) for each step, is done first.
 template <class X, class Between>
-inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int64_t steps, float* out,
-                     int64_t out_stride, const Number<X>* next, Between between) {
+inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int64_t steps,
+                     float* out, int64_t out_stride, const Number<X>* next, Between between) {
     for (int64_t i = 0; i < steps; i++) between(i);
     constexpr int64_t step_lines = PART * sizeof(Number<X>) / 64;
     // 22 sums are as many as there are registers for, and 32 rows three times 10 or 11
@@ -375,15 +377,16 @@ inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int6
         const int64_t lines = next ? step_lines * (part + 1) / parts - line : 0;
         multiply_up_to_11(last - first, rows.all.data + first * rows.stride, rows.stride,
                           rows.step, panel.data, steps, out + first * out_stride, out_stride,
-                          reinterpret_cast<const char*>(next) + 64 * line, lines);
+                          reinterpret_cast<const char*>(next ? next : panel.data) + 64 * line,
+                          lines);
     }
 }
 
 #endif
 
 template <class X>
-inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int64_t steps, float* out,
-                     int64_t out_stride = SIDE) {
+inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int64_t steps,
+                     float* out, int64_t out_stride = SIDE) {
     multiply<X>(rows, panel, steps, out, out_stride, nullptr, [](int64_t) {});
 }
 

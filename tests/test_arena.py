@@ -173,6 +173,17 @@ def test_clipping_is_that_of_pytorch(max_norm):
     assert_ulps({n: p.grad for n, p in ps.items()}, {n: p.grad for n, p in plain.items()}, 4)
 
 
+def test_a_step_does_not_clip_what_a_scaler_scaled():
+    ps = parameters()
+    optimizer = ArenaAdamW(Arena(ps))
+    give(ps, 0)
+    optimizer.grad_scale = torch.tensor(2.0)
+    before = {name: p.detach().clone() for name, p in ps.items()}
+    with pytest.raises(BitFitError, match="scaler"):
+        optimizer.step(max_norm=1.0)
+    assert all(torch.equal(p, before[name]) for name, p in ps.items())
+
+
 def test_clipping_a_norm_that_is_not_finite_gives_what_pytorch_gives():
     for value in (torch.inf, torch.nan):
         ps, plain = parameters(), parameters()

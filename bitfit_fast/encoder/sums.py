@@ -20,8 +20,9 @@ __all__ = ["Sums", "defers"]
 #: Numbers of partial rows that are kept until they are added: 48 MB, which a GPU's cache holds,
 #: and BERT-base needs 38; and where memory is to be saved.
 _ROOM, _FEW = 3 * 2**22, 2**20
-#: Tables of sums that are remembered.
-_REMEMBERED = 64
+#: Tables of sums that are remembered, of a hundred bytes each: a backward pass of BERT-large that
+#: saves memory has 72, and all have to be there when it is captured.
+_REMEMBERED = 1024
 
 
 def defers(tensor: Tensor) -> bool:
@@ -117,10 +118,14 @@ class Sums:
         if table is not None:
             return table
         table = self._tables.pop(key, None)
+        captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if table is None and captures:
+            # a replay would copy it from where it no longer is
+            raise RuntimeError("a table of sums is not on the device yet")
         if table is None:
             host = torch.tensor(self._segments, dtype=torch.int32, device="cpu")
             table = sent(host, device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if captures:
             self._captured[key] = table
         else:
             self._tables[key] = table

@@ -127,8 +127,8 @@ class IA3(_Injected):
         return peft.IA3Model
 
 
-#: What models call the keys and values of earlier tokens: transformers before 5.24, and since.
-_PAST = ("past_key_values", "cache")
+#: What models call the keys and values of earlier tokens: transformers since 5.24, and before.
+_PAST = ("cache", "past_key_values")
 
 
 class _Prompted(Addition):
@@ -201,7 +201,7 @@ class _Prompt:
     def prefix(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand keys and values of every layer over, as if of tokens before."""
         kwargs, batch = self._with_mask(args, kwargs)
-        (name,) = (name for name in _PAST if name in self.arguments)
+        name = next(name for name in _PAST if name in self.arguments)
         kwargs[name] = self.maker.get_prompt(batch)
         return (), kwargs
 

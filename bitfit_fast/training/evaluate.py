@@ -51,7 +51,9 @@ def predict(
     labelled = encoded.split.labels is not None
     kept: list[Tensor] = [torch.empty(0)] * len(features)
     total, weight = torch.zeros((), device=device, dtype=torch.float64), 0
-    casts = precision == "bf16" and encoder_of(model) is None
+    encoder = encoder_of(model)
+    # a patched encoder in bf16 needs no casts, and the head is to be as it was trained
+    casts = precision == "bf16" and (encoder is None or encoder.stack.dtype != torch.bfloat16)
     was_training = model.training
     model.eval()
     try:

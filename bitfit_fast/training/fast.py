@@ -156,7 +156,11 @@ class FastStep:
         # the encoder makes takes the place of what is there, so that nothing has to be zero
         self._without_gradient()
         self.encoder.overwrites = True
-        loss = forward(self.model, inputs).loss
+        try:
+            loss = forward(self.model, inputs).loss
+        finally:
+            # where the encoder did not come to run
+            self.encoder.overwrites = False
         self._backward(loss)
         self.arena.check()
         return loss.detach()

@@ -20,7 +20,7 @@ from ..data.batches import Batch
 from ..encoder import LENGTHS, Encoder, fixed_refusal
 from ..errors import BitFitError, BitFitWarning, listed
 from ..packing import Budget, FixedPacking, Packing
-from ..transfer import sent
+from ..transfer import pinned, sent
 
 __all__ = ["CannotCapture", "FixedSteps", "budgets", "check_budget", "token_lengths"]
 
@@ -167,11 +167,6 @@ class _Inputs:
             return part.view(torch.float32)[0]
         return part.view(torch.int32)[: self._cuts] if name == "starts" else part
 
-    def _sent(self, tensor: Tensor) -> Tensor:
-        """Return a tensor from which a copy to the device waits for nothing."""
-        pins = self.device.type == "cuda" and tensor.device.type == "cpu"
-        return tensor.pin_memory() if pins else tensor
-
     def _rides(self, batch: Batch) -> bool:
         """Return whether labels go to the device with the tokens."""
         if "labels" not in self._parts:
@@ -182,13 +177,13 @@ class _Inputs:
         """Take a batch and a learning rate over, without waiting for the device."""
         if self.budget is None:
             self.lr.fill_(lr)
-            images = self._sent(batch["pixel_values"])
+            images = pinned(batch["pixel_values"], self.device)
             self.own["pixel_values"].copy_(images, non_blocking=True)
         else:
             assert lengths is not None
             self._load_tokens(batch, lengths, self.budget, lr)
         if "labels" in self.others and not self._rides(batch):
-            given, labels = self._sent(batch["labels"]), self.others["labels"]
+            given, labels = pinned(batch["labels"], self.device), self.others["labels"]
             if self._by_token:
                 labels.fill_(_IGNORED)
                 labels = labels[:, : given.shape[1]]

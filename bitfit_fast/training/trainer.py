@@ -502,13 +502,13 @@ class BitFitTrainer(Trainer):
             yield
             return
         dtypes = {dtype: name for name, dtype in PRECISIONS.items()}
+        self._passes = None  # they run the encoder of before, and hold its memory
         unpatch(model)
         try:
             yield
         finally:
             patch_encoder(model, None, dtypes[encoder.stack.dtype], encoder.stack.memory)
             self._write_to_arena()
-            self._passes = None  # they run the encoder of before
 
 
 class _OverArena(ArenaAdamW):

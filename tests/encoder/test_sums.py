@@ -152,3 +152,17 @@ def test_kernels_leave_their_sums(build, batch, measure, monkeypatch, device):
     found = measure(model, inputs)
     monkeypatch.setattr(stack, "defers", lambda tensor: False)
     assert_close(found, measure(model, inputs))
+
+
+def test_a_second_backward_pass_makes_no_table(build, batch, measure, deferred, monkeypatch):
+    # room for little: as many tables as a large model in a mode that saves memory
+    monkeypatch.setattr(sums, "_ROOM", 1)
+    model = patched(build)
+    inputs = batch(model)
+    added = deferred(True)
+    measure(model, inputs)
+    assert len(added) > 10
+    made, sent = [], sums.sent
+    monkeypatch.setattr(sums, "sent", lambda *args: (made.append(args), sent(*args))[1])
+    measure(model, inputs)
+    assert not made
