@@ -88,8 +88,8 @@ def test_nothing_unpickles(path):
 def test_layers_of_the_package_import_downwards_only():
     """`ops` know kernels, `modules` ops, `encoder` both, and only `cli` knows all."""
     ranks = {
-        **dict.fromkeys(("additions", "arena", "errors", "files", "kernels", "packing"), 0),
-        **dict.fromkeys(("ops", "models", "data", "kinds"), 1),
+        **dict.fromkeys(("additions", "errors", "files", "kernels", "packing", "transfer"), 0),
+        **dict.fromkeys(("arena", "ops", "models", "data", "kinds"), 1),
         **dict.fromkeys(("modules", "selection"), 2),
         **dict.fromkeys(("encoder", "methods"), 3),
         "patching": 4,

@@ -93,8 +93,8 @@ def runs(monkeypatch):
     """Note of each batch whether it was one of a fixed size."""
     seen, step = [], FixedSteps.__call__
 
-    def note(self, batch, also=None):
-        loss = step(self, batch, also)
+    def note(self, batch, **rest):
+        loss = step(self, batch, **rest)
         seen.append(loss is not None)
         return loss
 

@@ -1,5 +1,6 @@
 """BitFit in `transformers.Trainer`: the same numbers, files and habits, and a plain model after."""
 
+import inspect
 import logging
 import os
 import subprocess
@@ -112,9 +113,10 @@ def spy(monkeypatch):
     """Note at each run of an encoder as one operation its precision, mode and sinks."""
     runs, run = [], Stack.__call__
 
-    def note(self, x, biases, packing, bias=None, beta=None, sinks=None):
-        runs.append((self.dtype, self.memory, sinks is not None))
-        return run(self, x, biases, packing, bias, beta, sinks)
+    def note(self, *arguments):
+        bound = inspect.signature(run).bind(self, *arguments)
+        runs.append((self.dtype, self.memory, bound.arguments["sinks"] is not None))
+        return run(self, *arguments)
 
     monkeypatch.setattr(Stack, "__call__", note)
     return runs
