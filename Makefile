@@ -11,7 +11,7 @@ demo: $(VENV)/installed-demo
 
 # Every test; those that need real data or a GPU say so where they skip.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

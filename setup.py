@@ -58,7 +58,7 @@ setup(
             "peft>=0.17",
             "pytest>=8",
             "pytest-benchmark>=5",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "scikit-learn",
             "scipy",
         ],

@@ -69,6 +69,23 @@ def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: boo
     )
 
 
+#: Files whose tests take minutes, for which the others would wait if they came last.
+LONG = (
+    "kernels/test_compile.py",
+    "test_benchmarks.py",
+    "kernels/test_emulated.py",
+    "test_demo.py",
+    "study/test_runner.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Let the longest files begin first."""
+    here = Path(__file__).parent
+    ranks = {here / name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @pytest.fixture(autouse=True)
 def no_interpreter(request, monkeypatch):
     """Let whole models run on a CPU as users' do, not in Triton's interpreter.
