@@ -341,15 +341,14 @@ class ArenaAdamW(torch.optim.AdamW):
         rates = [group["lr"] if lr is None else lr for group in self.param_groups]
         # what a gradient scaler sets for fused optimisers
         scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        in_kernels = all(isinstance(rate, Tensor) for rate in rates) and self._positive_betas
         partial = None
-        if max_norm and (scale is not None or overflow is not None):
-            raise BitFitError(
-                "step(max_norm=...) clips no gradients that a scaler has scaled; "
-                "unscale them, and clip them by Arena.clip_"
-            )
         if max_norm:
-            if in_kernels and uses_triton(self.arena.values):
+            if scale is not None or overflow is not None:
+                raise BitFitError(
+                    "step(max_norm=...) clips no gradients that a scaler has scaled; "
+                    "unscale them, and clip them by Arena.clip_"
+                )
+            if self._has_kernels(rates):
                 partial = squares(self.arena.gradients, self._steps)
             else:
                 scale = self.arena.clipping(max_norm)
@@ -371,9 +370,12 @@ class ArenaAdamW(torch.optim.AdamW):
         increment_version(list(self._names))
         return loss
 
-    @property
-    def _positive_betas(self) -> bool:
-        return all(min(group["betas"]) > 0 for group in self.param_groups)
+    def _has_kernels(self, rates: list[Any]) -> bool:
+        """Return whether clipping and update are two launches of a GPU."""
+        if not uses_triton(self.arena.values):
+            return False
+        on_device = all(isinstance(rate, Tensor) for rate in rates)
+        return on_device and all(min(group["betas"]) > 0 for group in self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `torch.optim.AdamW` over the same parameters returns."""

@@ -14,6 +14,10 @@ from ._backend import uses_triton
 __all__ = ["adamw_", "squares"]
 
 
+def _parts(gradients):
+    return min(MOST_PARTS, -(-gradients.shape[0] // PART))
+
+
 @operation("squares", "(Tensor gradients, Tensor(a!) steps) -> Tensor", writes=("steps",))
 def squares(gradients, steps):
     """Return partial sums of squares, and add 1 to all step counts; see the kernel's."""
@@ -22,13 +26,13 @@ def squares(gradients, steps):
 
         return kernel.squares(gradients, steps)
     steps += 1
-    parts = min(MOST_PARTS, -(-len(gradients) // PART))
-    return torch.stack([part.square().sum() for part in gradients.tensor_split(parts)])
+    parts = gradients.tensor_split(_parts(gradients))
+    return torch.stack([part.square().sum() for part in parts])
 
 
 @squares.register_fake
 def _(gradients, steps):
-    return gradients.new_empty(min(MOST_PARTS, -(-gradients.shape[0] // PART)))
+    return gradients.new_empty(_parts(gradients))
 
 
 @operation(
