@@ -42,8 +42,9 @@ from work import DEVICE, Counted, Work, flash_backward, plus, size, tensors
 from bitfit_fast import arena
 from bitfit_fast.encoder import encoder_of, stack, sums
 from bitfit_fast.files import write_json
+from bitfit_fast.kernels._attention import attention_config
 from bitfit_fast.kernels._launch import column_config
-from bitfit_fast.kernels.attention import attention_config, attention_sums
+from bitfit_fast.kernels.attention_bwd import attention_bwd_passes, attention_sums
 from bitfit_fast.kernels.layer_norm import layer_norm_config
 from bitfit_fast.packing import Packing
 from bitfit_fast.training import fixed
@@ -277,14 +278,15 @@ def _our_attention(
         counted.note("attention_fwd", Work(1, 2 * of_q + of_kv + offsets, 2 * product))
         return
     offsets += sums
-    config = attention_config(queries, packing.longest, q.shape[2], q.element_size(), "bwd")
-    one_launch = kv and queries <= config["BLOCK_M"]
-    one_block = packing.longest <= config["BLOCK_N"]
+    sizes = queries, packing.longest, q.shape[2], q.element_size()
+    passes = attention_bwd_passes(*sizes, kv)
+    one_launch = kv and len(passes) == 1
+    one_block = packing.longest <= attention_config(*sizes, passes[0])["BLOCK_N"]
     numbers = 0 if one_launch else 8 * q.shape[0] * q.shape[1]
     products = (3 if one_block else 5) + (2 if one_launch else 0)
     moved = 3 * of_q + of_kv + (of_kv if one_launch else 0) + numbers + offsets
     counted.note("attention_bwd", Work(1, moved, products * product))
-    if kv and not one_launch:
+    if len(passes) == 2:
         moved = 2 * of_q + 2 * of_kv + numbers + offsets
         counted.note("attention_bwd_kv", Work(1, moved, 4 * product))
 

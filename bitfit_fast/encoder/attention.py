@@ -28,7 +28,7 @@ _LONGEST = 1024
 def _has_kernel(q: Tensor) -> bool:
     if not uses_triton(q):
         return False
-    from ..kernels.attention import MAX_HEAD_SIZE
+    from ..kernels._attention import MAX_HEAD_SIZE
 
     return q.shape[-1] <= MAX_HEAD_SIZE
 
@@ -131,7 +131,7 @@ def attention_bwd(
         dkv is None unless wanted.
     """
     if _has_kernel(q):
-        from ..kernels import attention as kernel
+        from ..kernels import attention_bwd as kernel
 
         starts = _starts(q, k, packing)
         return kernel.attention_bwd(do, q, k, v, *starts, p, seed, bias, needs_kv, q_sums, v_sums)
@@ -163,7 +163,7 @@ def attention_sums(q: Tensor, k: Tensor, packing: Packing) -> tuple[int, int]:
     """Return how many partial rows the sums of dq and dv have."""
     if not _has_kernel(q):
         return 1, 1
-    from ..kernels import attention as kernel
+    from ..kernels import attention_bwd as kernel
 
     starts, _, most_q, most_k = _starts(q, k, packing)
     size = q.element_size()

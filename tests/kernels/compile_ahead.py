@@ -25,6 +25,7 @@ from bitfit_fast.kernels import (
     activation,
     adamw,
     attention,
+    attention_bwd,
     column_sum,
     dropout,
     embedding,
@@ -40,7 +41,7 @@ ROWS = 8192
 #: Heads of attention, the sizes of one, and the longest sequence in queries and in keys.
 HEADS = 12
 HEAD_SIZES = {"bf16": (32, 64, 128), "fp32": (64,)}
-LENGTHS = ((512, 512), (64, 64), (1, 64))
+LENGTHS = ((512, 512), (128, 128), (64, 64), (1, 64))
 #: Multiprocessors of an H200, by which tiles are chosen.
 PROCESSORS = 132
 
@@ -76,7 +77,7 @@ def attention_inputs(tokens, queries, d, sequences, dtype):
 def sums_of(queries, longest, d, sequences, dtype, needs_kv=True):
     """Return where attention's backward pass puts the partial rows of two sums."""
     given = (sequences, *longest, d, dtype.itemsize, needs_kv)
-    return tuple(empty(rows, HEADS * d) for rows in attention.attention_sums(*given))
+    return tuple(empty(rows, HEADS * d) for rows in attention_bwd.attention_sums(*given))
 
 
 def segments(count):
@@ -109,7 +110,8 @@ def launches_of_row_counts():
         options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
         yield f"{m} rows", attention.attention_fwd, (*inputs, *options)
         places = sums_of(m, (most, most), 64, m, torch.bfloat16)
-        yield f"{m} rows", attention.attention_bwd, (inputs[0], *inputs, *options, True, *places)
+        given = (inputs[0], *inputs, *options, True, *places)
+        yield f"{m} rows", attention_bwd.attention_bwd, given
         yield f"{m} rows", _reduce.add_segments, segments(m)
         yield from launches_of_adamw(f"{m} rows", 1000 * m)
 
@@ -137,10 +139,10 @@ def launches_of_attention():
                 )
                 # the sums take registers more; without them only at the bottom, and elsewhere
                 if not needs or (usual and p and added is None):
-                    yield what, attention.attention_bwd, arguments
+                    yield what, attention_bwd.attention_bwd, arguments
                 places = sums_of(queries, (max_q, max_k), d, 64, DTYPES[name], needs)
                 if needs:
-                    yield f"{what} sums", attention.attention_bwd, (*arguments, *places)
+                    yield f"{what} sums", attention_bwd.attention_bwd, (*arguments, *places)
 
 
 def launches(dtypes):

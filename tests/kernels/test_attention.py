@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
-from bitfit_fast.kernels import attention
+from bitfit_fast.kernels import _attention, attention, attention_bwd
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops.attention import backward_definition, forward_definition
 from bitfit_fast.ops.dropout import kept
@@ -18,7 +18,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAME = ((5, 5), (0, 0), (1, 1), (37, 37), (16, 16))
 ONE_QUERY = ((1, 5), (1, 1), (1, 70))
 CROSSED = ((20, 3), (0, 4), (3, 0), (1, 40), (17, 33))
-LONG = ((70, 70), (2, 2))
+#: Where one block has all keys, but not all queries; and where none has either.
+LONG = ((70, 70), (2, 2), (0, 0))
+LONGER = ((130, 130), (2, 2))
+LONG_CROSSED = ((70, 100), (66, 0), (0, 4), (3, 128))
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ class Case:
 
     def backward(self, **options):
         parts = (self.q, self.k, self.v, *self.starts, *self.most, self.p, self.seed, self.bias)
-        return attention.attention_bwd(self.do, *parts, **options)
+        return attention_bwd.attention_bwd(self.do, *parts, **options)
 
     def defined(self, dtype):
         """Return o, dq, dk and dv as the definition computes them in `dtype`."""
@@ -103,9 +106,13 @@ def check(case):
     found = {"o": o, "dq": dq, "dk": dkv[:, 0], "dv": dkv[:, 1]}
     for (name, ours), true, theirs in zip(found.items(), exact, same):
         assert ours.dtype == case.q.dtype and ours.shape == true.shape, name
-        floor = 2 * torch.finfo(ours.dtype).eps * true.abs().max().item()
-        error = (ours.double() - true).abs().max().item()
-        assert error <= 2 * (theirs.double() - true).abs().max().item() + floor, name
+        check_one(name, ours, true, theirs)
+
+
+def check_one(name, ours, true, theirs):
+    floor = 2 * torch.finfo(ours.dtype).eps * true.abs().max().item()
+    error = (ours.double() - true).abs().max().item()
+    assert error <= 2 * (theirs.double() - true).abs().max().item() + floor, name
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -141,10 +148,12 @@ def test_the_definitions_gradient_passes_gradcheck(p):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "lengths", [SAME, ONE_QUERY, CROSSED, LONG], ids=["same", "one query", "crossed", "long"]
+    "lengths",
+    [SAME, ONE_QUERY, CROSSED, LONG, LONGER, LONG_CROSSED],
+    ids=["same", "one query", "crossed", "long", "longer", "long crossed"],
 )
 def test_every_pass_is_as_exact_as_pytorch(lengths, p, dtype):
-    if lengths is LONG and dtype == torch.float32:
+    if lengths[0][0] > 40 and dtype == torch.float32:
         lengths = ((50, 50),)  # its blocks are smaller
     case = Case(lengths, dtype, p=p)
     if (3, 0) in lengths:  # of which PyTorch makes zeros too
@@ -156,7 +165,7 @@ def test_every_pass_is_as_exact_as_pytorch(lengths, p, dtype):
     ("dtype", "lengths"),
     [
         *((torch.float32, lengths) for lengths in (ONE_QUERY, CROSSED)),
-        *((torch.bfloat16, lengths) for lengths in (SAME, CROSSED, LONG)),
+        *((torch.bfloat16, lengths) for lengths in (SAME, CROSSED, LONG, LONGER)),
     ],
 )
 def test_a_bias_of_any_strides(lengths, dtype):
@@ -201,7 +210,7 @@ def test_the_forward_pass_drops_what_the_definition_drops(lengths, dtype):
 def test_the_mask_does_not_depend_on_blocks(monkeypatch):
     case = Case(((37, 37), (3, 3)), heads=1, p=0.5)
     found = case.forward(), *case.backward()
-    config = attention.attention_config
+    config = _attention.attention_config
 
     def other(*arguments):
         return {**config(*arguments), "BLOCK_M": 32, "BLOCK_N": 128}
@@ -225,13 +234,22 @@ def test_gradients_lie_in_one_buffer_where_there_are_as_many_queries_as_keys(len
         assert torch.equal(dqkv, torch.cat((dq[:, None], dkv), 1))
 
 
-@pytest.mark.parametrize("lengths", [SAME, CROSSED, LONG], ids=["same", "crossed", "long"])
+@pytest.mark.parametrize("lengths", [SAME, CROSSED, LONGER], ids=["same", "crossed", "longer"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_gradient_of_the_queries_alone(lengths, p):
     case = Case(lengths, torch.bfloat16, p=p)
     dq, nothing = case.backward(needs_kv=False)
     assert nothing is None and dq.is_contiguous()
     assert torch.equal(dq, case.backward()[0])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_gradient_of_the_queries_alone_where_one_block_has_all_keys(p):
+    # all gradients come from a kernel of their own there, which adds up in another order
+    case = Case(LONG, torch.bfloat16, p=p)
+    dq, nothing = case.backward(needs_kv=False)
+    assert nothing is None and dq.is_contiguous()
+    check_one("dq", dq, case.by_autograd(torch.float64)[1], case.by_autograd(dq.dtype)[1])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -269,18 +287,37 @@ def test_no_rows_give_nothing(lengths, p):
     assert dkv.shape == (0, 2, 2, 24)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "passes"),
+    [
+        ((64, 64, 64, 2), ("bwd",)),
+        ((1, 512, 64, 2), ("bwd",)),
+        ((65, 128, 64, 2), ("bwd_all",)),
+        ((128, 128, 24, 2), ("bwd_all",)),
+        ((128, 129, 64, 2), ("bwd", "bwd_kv")),
+        ((128, 128, 65, 2), ("bwd", "bwd_kv")),
+        ((128, 128, 64, 4), ("bwd", "bwd_kv")),
+    ],
+)
+def test_one_launch_where_a_block_has_all_queries_or_all_keys(sizes, passes):
+    assert attention_bwd.attention_bwd_passes(*sizes) == passes
+    assert attention_bwd.attention_bwd_passes(*sizes, needs_kv=False) == ("bwd",)
+    if len(passes) == 1:
+        assert attention_bwd.attention_sums(7, *sizes, True) == (7, 7)
+
+
 def test_keys_without_queries_have_gradients_of_zero():
     dq, dkv = Case(((0, 40), (0, 3))).backward()
     assert dq.shape[0] == 0 and torch.equal(dkv, torch.zeros(43, 2, 2, 24, device=DEVICE))
 
 
-@pytest.mark.parametrize("pass_", ["fwd", "bwd", "bwd_kv"])
+@pytest.mark.parametrize("pass_", ["fwd", "bwd", "bwd_all", "bwd_kv"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("d", [1, 24, 64, 128])
 def test_blocks_are_powers_of_two_and_few(pass_, itemsize, d):
     lengths = [1, 16, 17, 64, 65, 128, 512, 8192]
     configs = [
-        attention.attention_config(max_q, max_k, d, itemsize, pass_)
+        _attention.attention_config(max_q, max_k, d, itemsize, pass_)
         for max_q, max_k in itertools.product(lengths, lengths)
     ]
     assert len({tuple(config.values()) for config in configs}) <= 4
@@ -301,7 +338,7 @@ def test_sums_of_the_gradients_come_along(lengths, needs_kv, p):
     given = (len(lengths), *case.most, d, case.q.element_size(), needs_kv)
     # every partial row is written, or this would be NaN
     q_sums, v_sums = (
-        torch.empty(n, heads * d, device=DEVICE) for n in attention.attention_sums(*given)
+        torch.empty(n, heads * d, device=DEVICE) for n in attention_bwd.attention_sums(*given)
     )
     dq, dkv = case.backward(needs_kv=needs_kv, q_sums=q_sums, v_sums=v_sums)
     _, true_dq, _, true_dv = case.defined(torch.float64)
@@ -315,10 +352,13 @@ def test_sums_of_the_gradients_come_along(lengths, needs_kv, p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_sums_are_of_what_is_not_rounded(dtype):
-    case = Case(((40, 40),) * 2, dtype)
-    given = (2, *case.most, case.q.shape[2], 2, True)
-    q_sums, v_sums = (torch.empty(n, 48, device=DEVICE) for n in attention.attention_sums(*given))
+@pytest.mark.parametrize("lengths", [((40, 40),) * 2, LONG, LONGER], ids=str)
+def test_the_sums_are_of_what_is_not_rounded(lengths, dtype):
+    case = Case(lengths, dtype)
+    given = (len(lengths), *case.most, case.q.shape[2], 2, True)
+    q_sums, v_sums = (
+        torch.empty(n, 48, device=DEVICE) for n in attention_bwd.attention_sums(*given)
+    )
     case.backward(q_sums=q_sums, v_sums=v_sums)
     _, dq, _, dv = case.defined(torch.float64)
     _, rounded_dq, _, rounded_dv = case.defined(dtype)
