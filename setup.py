@@ -24,6 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "bitfit_fast",
+        "bitfit_fast.cli",
         "bitfit_fast.data",
         "bitfit_fast.encoder",
         "bitfit_fast.kernels",
