@@ -1,7 +1,8 @@
 """Studies: a grid of runs from one file, done once each, and a report of them."""
 
 from .analysis import collect
-from .grid import Study, read_study, study_of_options
+from .grid import Study
+from .reading import read_study, study_of_options
 from .report import report_folder, write_report
 from .runner import run_study
 from .sweeps import Plan, expand
