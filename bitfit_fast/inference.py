@@ -18,8 +18,8 @@ from .errors import BitFitError, listed
 from .kinds import Kind
 from .models.families import biases
 from .patching import patch_encoder, unpatch
+from .training.checks import check_length, choose_device
 from .training.evaluate import evaluate, predict
-from .training.loop import check_length, choose_device
 from .training.settings import Settings
 
 __all__ = ["bias_changes", "evaluate_checkpoint", "predict_checkpoint", "task_of"]

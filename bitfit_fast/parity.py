@@ -28,7 +28,7 @@ from .models.families import biases
 from .models.loading import align_weights, ensure_padding
 from .selection import Selection
 from .training.backends import BACKENDS
-from .training.loop import check_length, check_outputs, choose_device
+from .training.checks import check_length, check_outputs, choose_device
 from .training.settings import Plan, Settings
 
 __all__ = ["Parity", "Row", "compare"]

@@ -19,6 +19,7 @@ __all__ = [
     "evaluation_batches",
     "move",
     "pad",
+    "subset",
     "tokenize",
     "training_batches",
 ]
@@ -59,6 +60,14 @@ def pad(tokenizer: Any) -> Collate:
     from transformers import DataCollatorWithPadding
 
     return DataCollatorWithPadding(tokenizer)
+
+
+def subset(examples: int, count: int, seed: int) -> list[int]:
+    """Return `count` of the indices by seed; a smaller count gives a subset of a larger one's."""
+    if count >= examples:
+        return list(range(examples))
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+    return order[:count].tolist()
 
 
 class EpochBatches:

@@ -20,7 +20,7 @@ from ..methods.table import option_values
 from ..models.loading import DEFAULT_MODEL
 from ..selection import parse_layers, parse_terms, refuse_choice
 from ..training.backends import BACKENDS
-from ..training.loop import choose_device
+from ..training.checks import choose_device
 from ..training.settings import Settings
 from .grid import Budget, Grid, MethodEntry, Search, Study, TaskEntry
 from .item import Item, compose

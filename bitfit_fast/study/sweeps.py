@@ -17,12 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..data.batches import subset
 from ..data.load import load_task
 from ..data.task import TaskData
 from ..errors import BitFitError, listed
 from ..methods import METHODS, prepare
 from ..models.loading import describe_model
-from ..training.loop import subset
 from ..training.settings import DEFAULT_EPOCHS, MIN_STEPS, Settings
 from .grid import Budget, Grid, MethodEntry, Search, Study, TaskEntry
 from .terms import symbols

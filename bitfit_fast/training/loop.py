@@ -7,41 +7,33 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from ..additions import addition
 from ..checkpoint import fingerprint, save, stored, versions
-from ..data.batches import training_batches
+from ..data.batches import subset, training_batches
 from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning, listed
 from ..files import write_json
-from ..kinds import KINDS, Encoded, kind_of
+from ..kinds import KINDS, Encoded
 from ..models.loading import align_weights, ensure_padding
 from ..plots import learning_curves
 from ..selection import HEAD, Selection
 from .backends import choose_backend
+from .checks import check_gradients, check_length, check_outputs, choose_device
+from .display import Display
 from .evaluate import evaluate
 from .measure import StepClock, device_name, mean_step_ms, peak_memory, reset_peak_memory
 from .run_folder import Progress, RunFolder
 from .settings import Plan, Settings
 
-__all__ = [
-    "check_gradients",
-    "check_length",
-    "check_outputs",
-    "choose_device",
-    "subset",
-    "train",
-]
+__all__ = ["train"]
 
 #: Steps between reads of the loss: reading waits for a GPU.
 _LOG_EVERY = {"cpu": 1, "cuda": 10}
@@ -51,111 +43,11 @@ _TRAIN_SAMPLE = 1000
 _EARLY_SAMPLE = 64
 
 
-def check_gradients(model: nn.Module, names: Iterable[str]) -> None:
-    """Check after a backward pass that exactly the parameters `names` have a gradient.
-
-    Raises
-    ------
-    BitFitError
-        With the names of selected parameters without a gradient, or of others with one.
-    """
-    names = set(names)
-    have = {name for name, p in model.named_parameters() if p.grad is not None}
-    if missing := sorted(names - have):
-        raise BitFitError(
-            f"{len(missing)} selected parameters got no gradient: {listed(missing, 5)}"
-        )
-    if extra := sorted(have - names):
-        raise BitFitError(
-            f"{len(extra)} parameters that are not selected got a gradient: {listed(extra, 5)}"
-        )
-
-
-def check_length(max_length: int, model: nn.Module, tokenizer: Any) -> None:
-    """Check that the model and its tokenizer can take examples of `max_length` tokens.
-
-    Raises
-    ------
-    BitFitError
-        With the number that they can take.
-    """
-    limits = [tokenizer.model_max_length]
-    extra = addition(model)
-    before = 0 if extra is None else extra.tokens
-    for name, module in model.named_modules():
-        if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from behind the padding index
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - unused - before)
-    if max_length > min(limits):
-        raise BitFitError(f"max-length {max_length} is more than the {min(limits)} of the model")
-
-
-def check_outputs(model: nn.Module, data: TaskData) -> None:
-    """Check that the model has the head that the task needs, and fp32 parameters.
-
-    Raises
-    ------
-    BitFitError
-        With the kinds or numbers of outputs, or the name of a parameter of another dtype.
-    """
-    kind, made_for = KINDS[data.kind], kind_of(name := type(model).__name__)
-    # a class of one's own may have any name
-    if made_for is not kind and (name.endswith(made_for.head) or not kind.classes):
-        raise BitFitError(
-            f"the task {data.name} needs a model {kind.head}, and this is a {name}; load it with "
-            f"AutoModel{kind.head}, or load_model(..., kind='{kind.name}')"
-        )
-    needed = 1 if data.regression else 2 if data.labels is None else len(data.labels)
-    found = getattr(model.config, "num_labels", needed)
-    if found != needed:
-        raise BitFitError(
-            f"the model has {found} outputs and the task {data.name} needs {needed}; "
-            f"load it with num_labels={needed}"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise BitFitError(
-                f"{name} is {parameter.dtype}, and what trains must be torch.float32; "
-                "load the model with dtype=torch.float32"
-            )
-
-
 def _name_outputs(model: nn.Module, data: TaskData) -> None:
     """Write the task's labels into the model's configuration, for checkpoints and pipelines."""
     config: Any = model.config
     for key, value in KINDS[data.kind].configure(data.labels).items():
         setattr(config, key, value)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device `name`; `auto` is a GPU where there is one.
-
-    Raises
-    ------
-    BitFitError
-        If there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise BitFitError(f"unknown device '{name}'; valid ones are auto, cpu, cuda")
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= there:
-        raise BitFitError(f"device '{name}' is asked for, and PyTorch sees {there} of them")
-    return device
-
-
-def subset(examples: int, count: int, seed: int) -> list[int]:
-    """Return `count` of the indices by seed; a smaller count gives a subset of a larger one's."""
-    if count >= examples:
-        return list(range(examples))
-    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
-    return order[:count].tolist()
 
 
 class _Run:
@@ -271,31 +163,12 @@ class _Run:
             self.step.restore(optimizer, self.progress.step)
         reset_peak_memory(self.device)
         self.started = time.perf_counter() - self.progress.seconds
-        with self._bar() as self.bar:
-            self.bar_task = self.bar.add_task(
-                f"{self.selection.method} {self.data.name}",
-                total=self.plan.steps,
-                completed=self.progress.step,
-                loss="",
-                metric="",
-                speed="",
-            )
+        title = f"{self.selection.method} {self.data.name}"
+        with Display(self.console, title, self.plan.steps, self.progress.step) as self.display:
             while not self._finished():
                 self._train_to_next_evaluation()
                 self._evaluate()
         return self._summary()
-
-    def _bar(self) -> Bar:
-        return Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=self.console is None,
-            transient=True,
-        )
 
     def _finished(self) -> bool:
         patience = self.settings.patience
@@ -327,12 +200,7 @@ class _Run:
                 self.clock.lap(len(losses), examples)
                 for step, loss in enumerate(losses, self.progress.step - len(losses) + 1):
                     self._check_finite(loss, step)
-                self.bar.update(
-                    self.bar_task,
-                    completed=self.progress.step,
-                    loss=f"loss {statistics.fmean(losses):.3f}",
-                    speed=f"{self.clock.examples_per_second:.0f} examples/s",
-                )
+                self.display.trained(self.progress.step, losses, self.clock.examples_per_second)
                 pending, examples = [], 0
 
     def _check_gradients(self) -> None:
@@ -363,7 +231,7 @@ class _Run:
         rows: list[dict[str, Any]] = []
         early = self.settings.validate_once and progress.step < self.plan.steps
         for name, encoded in (self.glanced if early else self.evaluated).items():
-            self.bar.update(self.bar_task, speed=f"evaluating {name}")
+            self.display.evaluating(name)
             scores = evaluate(
                 self.model, encoded, self.collate, self.data.metrics, self.settings.precision
             )
@@ -402,18 +270,7 @@ class _Run:
                 self._save()
             state = self.step.state()
             self.folder.keep(rows, self.model, state, progress, self.base, self.device)
-        shown = by_split.get(self.judge or "train", by_split["train"])
-        self.bar.update(self.bar_task, metric=f"{main} {shown[main]:.3f}")
-        if self.console:
-            parts = [
-                f"{name} " + " ".join(f"{k} {row[k]:.3f}" for k in ("loss", *self.data.metrics))
-                for name, row in by_split.items()
-            ]
-            self.console.print(
-                f"step {progress.step:>5}/{self.plan.steps}  " + "  |  ".join(parts),
-                highlight=False,
-                soft_wrap=True,
-            )
+        self.display.evaluated(progress.step, by_split, self.data.metrics, self.judge or "train")
 
     def _save(self) -> None:
         assert self.folder

@@ -8,11 +8,11 @@ import pytest
 from transformers import FNetConfig
 
 from bitfit_fast import Split, TaskData
+from bitfit_fast.data.batches import subset
 from bitfit_fast.errors import BitFitError
 from bitfit_fast.study import expand, read_study
 from bitfit_fast.study.runner import open_folder
 from bitfit_fast.study.sweeps import CLOCK, FINAL, TRIAL, check_methods, hold_back, measure, settle
-from bitfit_fast.training.loop import subset
 
 
 def plan_of(path):

@@ -14,6 +14,7 @@ import torch
 
 import bitfit_fast
 from bitfit_fast import Settings, Split, TaskData
+from bitfit_fast.data.batches import subset
 from bitfit_fast.errors import BitFitError
 from bitfit_fast.tensorfile import read_tensors
 from bitfit_fast.training import loop
@@ -261,7 +262,7 @@ def test_a_selected_parameter_without_gradient_stops_the_run(bert_folder, tmp_pa
 
 
 def test_a_train_fraction_uses_nested_subsets(bert_folder):
-    small, large = (set(loop.subset(100, count, 3)) for count in (10, 50))
+    small, large = (set(subset(100, count, 3)) for count in (10, 50))
     assert len(small) == 10 and small < large
     model, tokenizer = fresh(bert_folder)
     settings = Settings(max_steps=2, max_length=16, train_fraction=0.25)

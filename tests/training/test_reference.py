@@ -9,7 +9,7 @@ import torch
 import bitfit_fast
 from bitfit_fast.errors import BitFitError
 from bitfit_fast.training.backends import BACKENDS, choose_backend
-from bitfit_fast.training.loop import check_gradients
+from bitfit_fast.training.checks import check_gradients
 from bitfit_fast.training.reference import ReferenceStep
 from bitfit_fast.training.settings import Plan
 
