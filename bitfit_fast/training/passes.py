@@ -12,27 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
-from transformers import Trainer
 
 from ..arena import Arena
 from ..data.batches import Batch
 from ..encoder import Encoder
-from ..errors import listed
 from .fixed import FixedSteps
 
-__all__ = ["Passes", "obstacle"]
-
-#: Methods of the trainer that run inside of a captured pass; another's may do anything.
-_INSIDE = (
-    "compute_loss",
-    "compute_loss_context_manager",
-    "autocast_smart_context_manager",
-    "_prepare_input",
-    "_prepare_inputs",
-    "_prepare_context_parallel_inputs",
-)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+__all__ = ["Passes"]
 
 
 class Passes:
@@ -111,50 +97,3 @@ class Passes:
         trains = tuple(parameter.requires_grad for parameter in self._trained)
         drops = [dropout.p for dropout in self._dropouts] + [rate() for rate in self._rates]
         return trains, tuple(drops)
-
-
-def _hooked(model: nn.Module) -> list[str]:
-    """Return what has hooks, which a replay would not call."""
-    found = [
-        name or "the model"
-        for name, module in model.named_modules()
-        for hooks in _HOOKS
-        for hook in getattr(module, hooks).values()
-        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "bitfit_fast."))
-    ]
-    found += [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    ]
-    return [*found, "all modules"] if hooks_of_all._has_any_global_hook() else found
-
-
-def obstacle(trainer: Any, model: nn.Module) -> str | None:
-    """Return why the trainer's passes of a model cannot be captured, or None."""
-    args, kind = trainer.args, type(trainer)
-    others = [
-        name
-        for name in _INSIDE
-        if name in vars(trainer) or getattr(kind, name, None) is not getattr(Trainer, name, None)
-    ]
-    hooked = _hooked(trainer.model)
-    reasons = {
-        f"the model is wrapped in {type(model).__name__}": model is not trainer.model,
-        "compute_loss_func computes the loss": trainer.compute_loss_func is not None,
-        "labels are smoothed": trainer.label_smoother is not None,
-        f"the trainer has {listed(others)} of its own": others,
-        f"there are hooks on {listed(hooked, 3)}": hooked,
-        "gradients are scaled for fp16": args.fp16 or trainer.accelerator.scaler is not None,
-        "there are several GPUs in one process": args.n_gpu > 1,
-        "gradient checkpointing is asked for": trainer._checkpoints(),
-        "NEFTune adds noise": trainer.neftune_noise_alpha is not None,
-        "Liger kernels are asked for": getattr(args, "use_liger_kernel", False),
-        "torch_empty_cache_steps is set": args.torch_empty_cache_steps is not None,
-        "debug is set": args.debug,
-        "full determinism is asked for": args.full_determinism,
-        "sequences are spread over devices": (
-            getattr(trainer.accelerator, "parallelism_config", None) is not None
-        ),
-    }
-    return next((reason for reason, there in reasons.items() if there), None)

@@ -21,19 +21,19 @@ if importlib.util.find_spec("accelerate") is None:
 from accelerate.data_loader import DataLoaderShard
 from transformers import Trainer
 from transformers.training_args import ParallelMode
-from transformers.utils import is_sagemaker_mp_enabled
 
 from ..additions import addition, obstacle
-from ..arena import Arena, ArenaAdamW
+from ..arena import Arena
 from ..checkpoint import fingerprint, save, stored
-from ..encoder import MEMORY, PRECISIONS, encoder_of, refusal
+from ..encoder import MEMORY, PRECISIONS, encoder_of
 from ..errors import BitFitError, listed
 from ..patching import patch, patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection, select
 from .fixed import budgets, check_budget
 from .graph import Recorder
+from .in_arena import InArena, OverArena, without_wrapper
+from .obstacles import capture_obstacle, checkpoints, encoder_obstacle, manager
 from .passes import Passes
-from .passes import obstacle as obstacle_to_capture
 from .settings import Settings
 
 __all__ = ["FILE", "BitFitTrainer"]
@@ -127,14 +127,11 @@ class BitFitTrainer(Trainer):
         self._choice = {"terms": terms, "layers": layers, "head": head}
         #: What ends with `train`; None outside of it
         self._ends: contextlib.ExitStack | None = None
-        self._arena: Arena | None = None
-        #: Puts gradients into the arena where they are not
-        self._attach: Callable[[], None] = lambda: None
+        #: What trains, while it lies in an arena
+        self._trained: InArena | None = None
         #: Captured passes, or why there are none; and for which batches they were made
         self._passes: Passes | str | None = None
         self._passes_size: int | None = None
-        #: Whether there are gradients of this process alone
-        self._unshared = False
         self._fingerprint: str | None = None
         self._said: set[str] = set()
         if model is not None:
@@ -173,13 +170,11 @@ class BitFitTrainer(Trainer):
             return super().train(*args, **options)
 
     def _end(self) -> None:
-        self._ends = self._arena = self._fingerprint = self._passes = None
-        self._attach = lambda: None
-        self._unshared = False
+        self._ends = self._trained = self._fingerprint = self._passes = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimiser; in `train`, make the model fast before."""
-        if self._ends is None or self._arena is not None or self._manager() is not None:
+        if self._ends is None or self._trained is not None or self._managed():
             return super().create_optimizer(model)
         # with its number, as of "cpu:0", a device looks like another
         device = torch.empty(0, device=self.args.device).device
@@ -196,50 +191,30 @@ class BitFitTrainer(Trainer):
         state = None
         if self.optimizer is not None:  # of an earlier call of `train`
             state, self.optimizer = self.optimizer.state_dict(), None
-        self._move_into_arena(self._ends)
+        self._trained = InArena(self.model, self._ends)
+        if self._in_parallel():
+            without_wrapper(self.model, self.accelerator, self._ends)
         chosen = self.optimizer_cls_and_kwargs
-        self.optimizer_cls_and_kwargs = self._over_arena(), options
+        self.optimizer_cls_and_kwargs = self._trained.optimizer(), options
         try:
             made = super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = chosen
         if state is not None:
             made.load_state_dict(state)
-        self._ends.callback(made.register_step_pre_hook(self._share).remove)
+        self._ends.callback(made.register_step_pre_hook(self._trained.share).remove)
         return made
 
-    def _manager(self) -> str | None:
-        """Return what else lays out the parameters, or None."""
-        managers = {
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled or self.is_fsdp_xla_enabled,
-            "SageMaker's model parallelism": is_sagemaker_mp_enabled(),
-            "a TPU": self.args.parallel_mode == ParallelMode.TPU,
-            "its map of devices": self.is_model_parallel,
-            "its sharding": getattr(self, "is_distributed_loading_by_transformers", False)
-            or getattr(self.model, "_tp_size", None) is not None,
-        }
-        name = next((name for name, there in managers.items() if there), None)
+    def _managed(self) -> bool:
+        """Return whether something else lays out the parameters, and say so."""
+        name = manager(self)
         if name is not None:
             self._say(logging.WARNING, f"the model stays as it is: {name} lays it out")
-        return name
-
-    def _refusal(self) -> str | None:
-        """Return why the encoder cannot run as one operation, or None."""
-        if self.args.n_gpu > 1:
-            return "nn.DataParallel copies it; torchrun starts a process for each GPU instead"
-        if self.neftune_noise_alpha is not None:
-            return "NEFTune's noise depends on the padding"
-        return refusal(self.model)
-
-    def _checkpoints(self) -> bool:
-        """Return whether gradient checkpointing is asked for."""
-        asked = getattr(self.args, "activation_checkpointing", None)
-        return bool(self.args.gradient_checkpointing if asked is None else asked)
+        return name is not None
 
     def _patch_encoder(self) -> str:
         """Let the encoder run as one operation; return what there is to say of it."""
-        memory = "lowest" if self._checkpoints() and self.memory == "fast" else self.memory
+        memory = "lowest" if checkpoints(self.args) and self.memory == "fast" else self.memory
         precision = "bf16" if self.args.bf16 else "fp32"
         return str(patch_encoder(self.model, precision=precision, memory=memory))
 
@@ -248,7 +223,7 @@ class BitFitTrainer(Trainer):
         model = self.model
         if _is_patched(model):
             return
-        reason = self._refusal()
+        reason = encoder_obstacle(self)
         if reason is None and wraps:
             reason = "without an arena DistributedDataParallel wraps it, and writes its weights"
         if reason is None:
@@ -266,7 +241,7 @@ class BitFitTrainer(Trainer):
     def _arena_options(self) -> dict[str, Any] | None:
         """Return the options of AdamW if the arena's can take its place."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if optimizer is not None and not isinstance(optimizer, _OverArena):
+        if optimizer is not None and not isinstance(optimizer, OverArena):
             return None
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args, self.model
@@ -283,58 +258,8 @@ class BitFitTrainer(Trainer):
             return None
         return options if trains and self.args.n_gpu <= 1 else None
 
-    def _over_arena(self) -> type[ArenaAdamW]:
-        """Return the optimiser class, which takes groups of parameters alone."""
-        return type("ArenaAdamW", (_OverArena,), {"over": self._arena})
-
-    def _move_into_arena(self, ends: contextlib.ExitStack) -> None:
-        """Let what trains lie in an arena, until training ends."""
-        model = self.model
-        arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
-        self._arena = arena
-        ends.callback(arena.release)
-        views = [(p, arena.view(n, arena.gradients)) for n, p in arena.parameters.items()]
-        self._write_to_arena()
-        ends.callback(_write_nowhere, model)
-
-        @torch.compiler.disable
-        def attach(*_: Any) -> None:
-            """Put gradients back that `Module.zero_grad` dropped, all set to zero at once."""
-            if not torch.is_grad_enabled():
-                return
-            self._unshared = True
-            if views[0][0].grad is None:
-                for parameter, gradient in views:
-                    parameter.grad = gradient
-                arena.gradients.zero_()
-
-        self._attach = attach
-        ends.callback(model.register_forward_pre_hook(attach).remove)
-        if self._in_parallel():
-            self._do_without_wrapper(ends)
-
     def _in_parallel(self) -> bool:
         return self.args.parallel_mode == ParallelMode.DISTRIBUTED and self.args.world_size > 1
-
-    def _write_to_arena(self) -> None:
-        """Let the encoder add its gradients where the optimiser looks for them."""
-        encoder, arena = encoder_of(self.model), self._arena
-        if encoder is not None and arena is not None:
-            encoder.write_to(arena)
-
-    def _do_without_wrapper(self, ends: contextlib.ExitStack) -> None:
-        """Let accelerate leave out `DistributedDataParallel`, whose work is done here."""
-        model, accelerator = self.model, self.accelerator
-        prepare = accelerator.prepare_model
-
-        def prepare_model(model: nn.Module, *args: Any, **options: Any) -> nn.Module:
-            # nor moves it: to be on "cpu" and to be asked to "cpu:0" costs the arena its views
-            return prepare(model, device_placement=False, evaluation_mode=True)
-
-        vars(accelerator)["prepare_model"] = prepare_model
-        ends.callback(vars(accelerator).pop, "prepare_model", None)
-        # a later trainer is to wrap it
-        ends.callback(vars(model).pop, "_is_accelerate_prepared", None)
 
     # ------------------------------------------------------------------ a step
 
@@ -349,7 +274,7 @@ class BitFitTrainer(Trainer):
     def _on_host(self) -> bool:
         """Return whether batches come to the device packed, in one message."""
         own = type(self).training_step is BitFitTrainer.training_step
-        return own and self._ends is not None and self._captures() and self._manager() is None
+        return own and self._ends is not None and self._captures() and not self._managed()
 
     def get_train_dataloader(self) -> Any:
         """Make the batches; captured passes take them from the host, which knows their lengths."""
@@ -377,25 +302,26 @@ class BitFitTrainer(Trainer):
         loss = self._replayed(model, inputs, num_items_in_batch)
         if loss is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.scaler is not None and self.accelerator.sync_gradients:
+        scales = self.accelerator.scaler is not None and self.accelerator.sync_gradients
+        if scales and self._trained is not None:
             # before it looks for what is not finite, for all processes to leave out the same steps
-            self._share()
+            self._trained.share()
         return loss
 
     def _replayed(self, model: nn.Module, inputs: Any, labels: Any) -> Tensor | None:
         """Run a captured pass; None where there is none for this batch."""
-        arena = self._arena
-        if arena is None or not self._captures():
+        trained = self._trained
+        if trained is None or not self._captures():
             return None
         if self._passes is None or self._passes_size != self._train_batch_size:
-            self._passes = self._make_passes(model, arena)
+            self._passes = self._make_passes(model, trained.arena)
             self._passes_size = self._train_batch_size
         if isinstance(self._passes, str):
             self._say(logging.WARNING, f"steps run without a CUDA graph where {self._passes}")
             return None
         model.train()
-        self._attach()
-        arena.check()
+        trained.attach()
+        trained.arena.check()
         return self._passes(dict(inputs), labels, self.current_gradient_accumulation_steps)
 
     def _make_passes(self, model: nn.Module, arena: Arena) -> Passes | str:
@@ -403,7 +329,7 @@ class BitFitTrainer(Trainer):
         encoder = encoder_of(self.model)
         if encoder is None:
             return "the encoder does not run as one operation"
-        if (reason := obstacle_to_capture(self, model)) is not None:
+        if (reason := capture_obstacle(self, model)) is not None:
             return reason
         step = super().training_step
 
@@ -421,25 +347,21 @@ class BitFitTrainer(Trainer):
         say = partial(self._say, logging.WARNING)
         return Passes(self.model, encoder, arena, run, given, self._record(arena), say=say)
 
-    def _share(self, *_: Any) -> None:
-        """Average the gradients over the processes, once a step."""
-        if self._unshared and self._arena is not None:
-            self._arena.all_reduce()
-        self._unshared = False
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self._arena is None:
+        if self._trained is None:
             return super()._clip_grad_norm(model)
-        self._share()
-        self.accelerator.unscale_gradients()
-        return self._arena.clip_(self.args.max_grad_norm)
+        return self._shared(self._trained).clip_(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if self._arena is None or grad_norm is not None:
+        if self._trained is None or grad_norm is not None:
             return super()._get_grad_norm(model, grad_norm)
-        self._share()
+        return self._shared(self._trained).gradient_norm()
+
+    def _shared(self, trained: InArena) -> Arena:
+        """Return the arena with the gradients that the optimiser is to take."""
+        trained.share()
         self.accelerator.unscale_gradients()
-        return self._arena.gradient_norm()
+        return trained.arena
 
     # ------------------------------------------------------------------ evaluation
 
@@ -464,13 +386,13 @@ class BitFitTrainer(Trainer):
         casts = self.args.bf16_full_eval or self.args.fp16_full_eval
         # a CPU with its number, as under torchrun, is one to which weights are copied again
         casts = casts or self.args.device != torch.empty(0, device=self.args.device).device
-        return not casts and self._manager() is None and self._refusal() is None
+        return not casts and not self._managed() and encoder_obstacle(self) is None
 
     # ------------------------------------------------------------------ files
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if not self.args.should_save or self._manager() is not None:
+        if not self.args.should_save or self._managed():
             return
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         extra = addition(model)
@@ -497,7 +419,7 @@ class BitFitTrainer(Trainer):
         """Let frozen weights be written, of which the encoder has copies."""
         self._fingerprint = None
         model = self.model
-        encoder = encoder_of(model) if self._manager() is None else None
+        encoder = encoder_of(model) if not self._managed() else None
         if encoder is None:
             yield
             return
@@ -508,22 +430,8 @@ class BitFitTrainer(Trainer):
             yield
         finally:
             patch_encoder(model, None, dtypes[encoder.stack.dtype], encoder.stack.memory)
-            self._write_to_arena()
-
-
-class _OverArena(ArenaAdamW):
-    """`ArenaAdamW` over one arena, made of groups alone as PyTorch's optimisers are."""
-
-    over: Arena
-
-    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
-        super().__init__(self.over, groups, **options)
-
-
-def _write_nowhere(model: nn.Module) -> None:
-    encoder = encoder_of(model)
-    if encoder is not None:
-        encoder.write_to(None)
+            if self._trained is not None:
+                self._trained.take_gradients()
 
 
 def _is_patched(model: nn.Module) -> bool:

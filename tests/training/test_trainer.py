@@ -148,7 +148,7 @@ def test_gradients_lie_in_the_arena_at_every_step_and_are_zeroed_at_once(
         steps = 0
 
         def on_pre_optimizer_step(self, args, state, control, **options):
-            arena = ours._arena
+            arena = ours._trained.arena
             for name, parameter in arena.parameters.items():
                 assert parameter.grad.data_ptr() == arena.view(name, arena.gradients).data_ptr()
             Watch.steps += 1

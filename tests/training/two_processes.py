@@ -125,7 +125,7 @@ def trainer(
     def look(*args, **options):
         found = prepare(*args, **options)
         wrapped.append(isinstance(found[0], nn.parallel.DistributedDataParallel))
-        sizes.append(one._arena and one._arena.gradients.numel())
+        sizes.append(one._trained and one._trained.arena.gradients.numel())
         return found
 
     one._prepare_for_training = look
