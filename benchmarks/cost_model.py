@@ -40,7 +40,7 @@ from torch.utils.flop_counter import flop_registry
 from work import DEVICE, Counted, Work, flash_backward, plus, size, tensors
 
 from bitfit_fast import arena
-from bitfit_fast.encoder import encoder_of, stack, sums
+from bitfit_fast.encoder import backward, encoder_of, forward, sums
 from bitfit_fast.files import write_json
 from bitfit_fast.kernels._attention import attention_config
 from bitfit_fast.kernels._launch import column_config
@@ -401,10 +401,10 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
     fwd, bwd = _stack_attention(mode)
     with (
         backend("torch"),
-        mock.patch.object(stack, "attention_fwd", fwd),
-        mock.patch.object(stack, "attention_bwd", bwd),
-        mock.patch.object(stack, "attention_sums", _attention_sums),
-        mock.patch.object(stack, "defers", lambda tensor: True),
+        mock.patch.object(forward, "attention_fwd", fwd),
+        mock.patch.object(backward, "attention_bwd", bwd),
+        mock.patch.object(backward, "attention_sums", _attention_sums),
+        mock.patch.object(sums, "defers", lambda tensor: True),
         mock.patch.object(install, "gathers", lambda table: True),
         mock.patch.object(arena, "uses_triton", lambda tensor: True),
         mock.patch.object(sums, "processors", lambda tensor: DEVICE.processors),

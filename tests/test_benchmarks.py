@@ -129,9 +129,9 @@ def test_steps_are_timed_against_the_references(done):
 
 def test_a_step_with_wrong_gradients_is_not_timed(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import bitfit_fast.encoder.stack as stack\n"
-        "right = stack.bias_gradient\n"
-        "stack.bias_gradient = lambda dy: 1.1 * right(dy)\n"
+        "import bitfit_fast.encoder.backward as backward\n"
+        "right = backward.bias_gradient\n"
+        "backward.bias_gradient = lambda dy: 1.1 * right(dy)\n"
     )
     path = tmp_path / "step-cpu.json"
     command = [sys.executable, "benchmarks/step.py", "--variants=fp32,fast-fp32"]

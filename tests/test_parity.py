@@ -49,10 +49,10 @@ def test_parity_is_found_and_shown(things):
 
 
 def test_a_wrong_gradient_is_no_parity(things, monkeypatch):
-    from bitfit_fast.encoder import stack
+    from bitfit_fast.encoder import backward
 
-    right = stack.bias_gradient
-    monkeypatch.setattr(stack, "bias_gradient", lambda dy: 1.01 * right(dy))
+    right = backward.bias_gradient
+    monkeypatch.setattr(backward, "bias_gradient", lambda dy: 1.01 * right(dy))
     found = parity.compare(*things(), SMALL, steps=2)
     assert found.verdict.startswith("no parity: the gradient in fp32 is off by")
 

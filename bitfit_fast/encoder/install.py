@@ -28,6 +28,7 @@ from ..modules import Dropout, LayerNorm, activation_name, original
 from ..ops.embedding import gathers
 from ..packing import Packing
 from .embeddings import Embedding
+from .operation import run_stack
 from .product import Product
 from .stack import MEMORY, ROLES, Junction, Layer, Rate, Stack
 
@@ -273,7 +274,7 @@ class Encoder:
         rows, dtype = hidden.flatten(0, 1), self.dtype or hidden.dtype
         overwrites, self.overwrites = self.overwrites, False
         given = (rows, self.biases, packing, bias, self.beta, self.sinks, dtype, overwrites)
-        y = self.stack(*given)
+        y = run_stack(self.stack, *given)
         return y[:, None] if self.stack.first_only else packing.pad(y)
 
 

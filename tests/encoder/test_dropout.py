@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bitfit_fast import patch_encoder, select
-from bitfit_fast.encoder import stack
+from bitfit_fast.encoder.run import SEEDS_APART, Run
 from bitfit_fast.ops.dropout import kept, new_seed
 from bitfit_fast.packing import Packing
 
@@ -135,7 +135,7 @@ def test_masks_are_the_same_in_every_memory_mode_and_for_every_choice(
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_as_much_is_dropped_as_asked_for(p):
     for number in range(9):
-        seed = torch.tensor([77]) + number * stack._SEEDS_APART
+        seed = torch.tensor([77]) + number * SEEDS_APART
         keep = kept(500, 800, p, seed)
         assert abs(keep.double().mean() - (1 - p)) < 0.004
         assert abs(keep.double().mean(0) - (1 - p)).max() < 5 * (p * (1 - p) / 500) ** 0.5
@@ -158,13 +158,13 @@ def test_every_step_drops_anew_and_a_seed_brings_it_back(family, build, batch):
 
 def test_seeds_of_one_pass_are_apart_and_those_of_two_differ(build, batch, monkeypatch):
     seen = []
-    drop = stack._Run._drop
+    drop = Run.drop
 
     def spy(self, number):
         seen.append((number, drop(self, number)[1].item()))
         return drop(self, number)
 
-    monkeypatch.setattr(stack._Run, "_drop", spy)
+    monkeypatch.setattr(Run, "drop", spy)
     model = build("bert", **rates_of("bert", 0.1, 0.2))
     select(model)
     patch_encoder(model, precision="fp32")

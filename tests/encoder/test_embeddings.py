@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bitfit_fast import patch_encoder, select, unpatch
-from bitfit_fast.encoder import embeddings, encoder_of, stack
+from bitfit_fast.encoder import embeddings, encoder_of, sums
 from bitfit_fast.encoder.embeddings import Embedding, Gathered
 
 TEXTS = ["bert", "roberta", "electra", "electra, as wide", "mpnet", "distilbert"]
@@ -27,7 +27,7 @@ def gathered(monkeypatch):
 
     def switch(on):
         monkeypatch.setattr(sys.modules[encoder_of.__module__], "gathers", lambda table: on)
-        monkeypatch.setattr(stack, "defers", lambda tensor: on)
+        monkeypatch.setattr(sums, "defers", lambda tensor: on)
         return seen
 
     return switch

@@ -170,10 +170,10 @@ def test_no_family_reads_a_tensor_on_the_way(steps, batch, family, head, monkeyp
         step = steps(family, head, dropout=0.1)[1]
     if step.encoder.stack.layers[0].dropout is not None:
         # PyTorch's attention for CPUs reads where sequences begin; the kernel does not
-        import bitfit_fast.encoder.stack as stack
+        from bitfit_fast.encoder import backward, forward
 
-        monkeypatch.setattr(stack, "attention_fwd", lambda q, *_: torch.zeros_like(q))
-        monkeypatch.setattr(stack, "attention_bwd", _no_gradient)
+        monkeypatch.setattr(forward, "attention_fwd", lambda q, *_: torch.zeros_like(q))
+        monkeypatch.setattr(backward, "attention_bwd", _no_gradient)
     inputs, waits = batch(step.model), Waits()
     step(dict(inputs))
     run = step.fixed.step

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitfit_fast import patch_encoder, select
-from bitfit_fast.encoder import stack
+from bitfit_fast.encoder import forward
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256}
@@ -43,7 +43,7 @@ def test_bf16_is_as_exact_in_every_memory_mode(family, memory, case, measure, as
 def test_a_block_that_runs_in_parts_is_the_same(
     family, memory, backend, case, measure, as_exact, monkeypatch
 ):
-    monkeypatch.setattr(stack, "_CHUNK", 16)
+    monkeypatch.setattr(forward, "_CHUNK", 16)
     each = case(family, "ForTokenClassification" if family == "bert" else "Model")
     patch_encoder(each.model, precision="fp32", memory=memory)
     as_exact(measure(each.model, each.inputs), each.fp32, each.exact)

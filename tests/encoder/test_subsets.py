@@ -7,7 +7,7 @@ import torch
 
 import bitfit_fast
 from bitfit_fast import patch_encoder, select, unpatch
-from bitfit_fast.encoder import install, stack
+from bitfit_fast.encoder import backward, install
 from bitfit_fast.models.families import biases
 from bitfit_fast.selection import METHODS
 
@@ -197,13 +197,13 @@ def test_gradients_of_keys_and_values_are_left_out_where_nothing_needs_them(
     terms, layers, dropout, needs, build, batch, monkeypatch
 ):
     asked = []
-    attention_bwd = stack.attention_bwd
+    attention_bwd = backward.attention_bwd
 
     def spy(*args):
         asked.append(args[8])
         return attention_bwd(*args)
 
-    monkeypatch.setattr(stack, "attention_bwd", spy)
+    monkeypatch.setattr(backward, "attention_bwd", spy)
     model = build("bert", attention_probs_dropout_prob=dropout)
     select(model, terms, layers)
     patch_encoder(model, precision="fp32")

@@ -5,7 +5,7 @@ import torch
 
 from bitfit_fast import patch_encoder, select
 from bitfit_fast.arena import Arena
-from bitfit_fast.encoder import encoder_of, stack, sums
+from bitfit_fast.encoder import backward, encoder_of, sums
 from bitfit_fast.encoder.sums import Sums
 
 TERMS = ["all", "query", "value,output", "attention-layernorm,intermediate", "embedding-layernorm"]
@@ -24,7 +24,7 @@ def deferred(monkeypatch):
     monkeypatch.setattr(Sums, "add", counting)
 
     def switch(on):
-        monkeypatch.setattr(stack, "defers", lambda tensor: on)
+        monkeypatch.setattr(sums, "defers", lambda tensor: on)
         return added
 
     return switch
@@ -68,11 +68,14 @@ def test_the_bottom_with_and_without_its_product(
     inputs = batch(model)
     deferred(False)
     expected = measure(model, inputs)
-    monkeypatch.setattr(stack, "_MANY_ROWS", many)
-    by_identity, found = [], stack._Run._embedding_beta
-    monkeypatch.setattr(
-        stack._Run, "_embedding_beta", lambda *args: (by_identity.append(1), found(*args))
-    )
+    monkeypatch.setattr(backward, "_MANY_ROWS", many)
+    by_identity, found = [], backward.BackwardPass._embedding_beta
+
+    def noting(*args):
+        by_identity.append(1)
+        found(*args)
+
+    monkeypatch.setattr(backward.BackwardPass, "_embedding_beta", noting)
     deferred(True)
     assert_close(measure(model, inputs), expected)
     assert len(by_identity) == (many == 0)
@@ -150,7 +153,7 @@ def test_kernels_leave_their_sums(build, batch, measure, monkeypatch, device):
     model = patched(build).to(device)
     inputs = {key: value.to(device) for key, value in batch(model, (16, 7, 1)).items()}
     found = measure(model, inputs)
-    monkeypatch.setattr(stack, "defers", lambda tensor: False)
+    monkeypatch.setattr(sums, "defers", lambda tensor: False)
     assert_close(found, measure(model, inputs))
 
 

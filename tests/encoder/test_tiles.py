@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bitfit_fast import patch_encoder, select, unpatch
-from bitfit_fast.encoder import encoder_of, stack
+from bitfit_fast.encoder import encoder_of
+from bitfit_fast.encoder.stack import Stack
 from bitfit_fast.kernels import native
 from bitfit_fast.models.families import biases
 
@@ -95,7 +96,7 @@ def test_the_whole_end_of_a_layer_is_its_steps(
         patch_encoder(model, precision=precision)
         with monkeypatch.context() as patched:
             if not whole:
-                patched.setattr(stack._Run, "_end_weights", lambda *args: None)
+                patched.setattr(Stack, "end_weights", lambda *args: None)
             results.append(measure(model, batch(model)))
     assert tiles.count("layer_end") == 3
     # the same masks; what differs are roundings to bf16 in between

@@ -1,6 +1,5 @@
 """BitFit in `transformers.Trainer`: the same numbers, files and habits, and a plain model after."""
 
-import inspect
 import logging
 import os
 import subprocess
@@ -25,8 +24,7 @@ from transformers import (
 import bitfit_fast
 from bitfit_fast import BitFitError, BitFitTrainer, patch_encoder, select
 from bitfit_fast.arena import Arena, ArenaAdamW
-from bitfit_fast.encoder import encoder_of
-from bitfit_fast.encoder.stack import Stack
+from bitfit_fast.encoder import Encoder, encoder_of
 from bitfit_fast.selection import NO_GRADIENT
 from bitfit_fast.training.trainer import FILE
 
@@ -111,14 +109,13 @@ def assert_plain(model):
 
 def spy(monkeypatch):
     """Note at each run of an encoder as one operation its precision, mode and sinks."""
-    runs, run = [], Stack.__call__
+    runs, run = [], Encoder.run
 
     def note(self, *arguments):
-        bound = inspect.signature(run).bind(self, *arguments)
-        runs.append((self.dtype, self.memory, bound.arguments["sinks"] is not None))
+        runs.append((self.stack.dtype, self.stack.memory, self.sinks is not None))
         return run(self, *arguments)
 
-    monkeypatch.setattr(Stack, "__call__", note)
+    monkeypatch.setattr(Encoder, "run", note)
     return runs
 
 

@@ -1,0 +1,170 @@
+"""The forward pass through an encoder's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import tiles
+from ..kernels.tiles import Norm
+from ..ops.dropout import dropout
+from ..ops.layer_norm import layer_norm_fwd
+from . import sums
+from .attention import attention_fwd
+from .run import Run
+from .stack import ROLES, UP, Junction, Stack
+
+__all__ = ["apart", "chunks", "forward_pass", "norms", "project"]
+
+#: Rows of the feed-forward block that run at once where memory is to be saved.
+_CHUNK = 2048
+
+
+def forward_pass(run: Run, x: Tensor) -> Tensor:
+    """Return what comes out of the layers, and keep in the run what the backward pass takes.
+
+    Parameters
+    ----------
+    run : Run
+        New.
+    x : Tensor
+        `[T, d]`, in the dtype of the stack.
+
+    Returns
+    -------
+    Tensor
+        `[T, d]`, or `[B, d]` where the last layer computes first tokens only.
+    """
+    stack, last = run.stack, len(run.stack.layers) - 1
+    residual, y = x, x
+    if stack.entry is not None:
+        y = _enter(run, stack.entry, x)
+    elif stack.memory == "lowest":
+        run.keep(x)
+    for number, layer in enumerate(stack.layers):
+        first = stack.first_only and number == last
+        rows = None
+        if first:
+            rows = y.index_select(0, run.packing.first)
+            same = residual is y
+            residual = rows if same else residual.index_select(0, run.packing.first)
+        o = _attention(run, number, y, rows)
+        if (weights := stack.end_weights(number, o, "forward")) is not None:
+            y = residual = _end(run, number, o, residual, weights)
+            continue
+        z = layer.out(o)
+        y, residual = _join(run, layer.middle, z, residual, 3 * number + 1, z.dtype)
+        z = _feed_forward(run, number, y)
+        run.casts = number == last and layer.end.gamma is not None and sums.defers(z)
+        dtype = run.dtype if run.casts else z.dtype
+        y, residual = _join(run, layer.end, z, residual, 3 * number + 2, dtype)
+    return y
+
+
+def _enter(run: Run, entry: Junction, x: Tensor) -> Tensor:
+    assert entry.gamma is not None
+    out = layer_norm_fwd(
+        x, entry.gamma, run.bias(entry.beta), None, None, 0.0, None, entry.eps, x.dtype,
+        run.keeps, False, x.dtype,
+    )  # fmt: skip
+    run.keep(x, *out[1:])
+    return out[0]
+
+
+def _attention(run: Run, number: int, x: Tensor, rows: Tensor | None) -> Tensor:
+    projected = project(run, number, x, rows)
+    if run.stack.memory != "lowest":
+        run.keep(*projected)
+    q, k, v = apart(run.stack, projected)
+    o = attention_fwd(q, k, v, run.packing, *run.drop(3 * number), run.score_bias)
+    return o.flatten(1)
+
+
+def _end(run: Run, number: int, o: Tensor, x: Tensor, weights: tuple[Any, ...]) -> Tensor:
+    """Run all of a layer behind attention."""
+    b, act = run.biases[number * len(ROLES) + UP], run.stack.layers[number].act
+    few_bits = run.stack.memory == "low"
+    y, *kept = tiles.layer_end(o, x, weights, norms(run, number), b, act, few_bits, run.keeps)
+    if run.keeps:
+        hat, rstd, slope, end_hat, end_rstd = kept
+        run.keep(hat, None, rstd, slope, end_hat, None, end_rstd)
+    return y
+
+
+def _join(
+    run: Run, junction: Junction, z: Tensor, residual: Tensor, number: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what the next sublayer takes, in some dtype, and the residual that goes on."""
+    p, seed = run.drop(number)
+    pre_norm = run.stack.pre_norm
+    b = run.bias(junction.bias)
+    if junction.gamma is None:
+        z = z if b is None else z + b.to(z.dtype)
+        s = residual + (dropout(z, p, seed) if seed is not None else z)
+        return s, s
+    y, *kept = layer_norm_fwd(
+        z, junction.gamma, run.bias(junction.beta), b, residual, p, seed, junction.eps, dtype,
+        run.keeps, pre_norm, z.dtype,
+    )  # fmt: skip
+    if not pre_norm:
+        if run.keeps:
+            run.keep(kept[0], None, kept[1])
+        return y, y
+    run.keep(*kept)
+    return y, kept[0]
+
+
+def _feed_forward(run: Run, number: int, y: Tensor) -> Tensor:
+    stack, layer = run.stack, run.stack.layers[number]
+    b = run.biases[number * len(ROLES) + UP]
+    if stack.recomputes:
+        z = y.new_empty(y.shape[0], layer.down.weight.shape[0])
+        for rows in chunks(y):
+            z[rows] = layer.down(layer.up.activated(y[rows], b, layer.act, False, False)[0])
+        return z
+    h, kept = layer.up.activated(y, b, layer.act, stack.memory == "low", run.keeps)
+    run.keep(kept)
+    return layer.down(h)
+
+
+# ------------------------------------------------------------ what the backward pass does, too
+
+
+def project(run: Run, number: int, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
+    """Return q, k and v in one tensor; or q of some rows, first tokens, and k and v."""
+    qkv, width = run.stack.layers[number].qkv, run.stack.width
+    if rows is None:
+        return (qkv(x, run.qkv_bias(number, 0, 3)),)
+    kv = qkv.part(width, 3 * width)(x, run.qkv_bias(number, 1, 3))
+    return qkv.part(0, width)(rows, run.qkv_bias(number, 0, 1)), kv
+
+
+def apart(stack: Stack, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v by head, `[*, H, D]`."""
+    size = stack.width // stack.heads
+    q, k, v = (
+        part
+        for rows in projected
+        for part in rows.view(rows.shape[0], -1, stack.heads, size).unbind(1)
+    )
+    return q, k, v
+
+
+def norms(run: Run, number: int) -> tuple[Norm, Norm]:
+    """Return what one call for a layer's end is told of its two junctions."""
+
+    def norm(at: Junction, number: int) -> Norm:
+        assert at.gamma is not None
+        return Norm(at.gamma, run.bias(at.beta), run.bias(at.bias), at.eps, *run.drop(number))
+
+    layer = run.stack.layers[number]
+    return norm(layer.middle, 3 * number + 1), norm(layer.end, 3 * number + 2)
+
+
+def chunks(rows: Tensor) -> Iterator[slice]:
+    """Return slices of as many rows as run at once."""
+    for first in range(0, rows.shape[0], _CHUNK):
+        yield slice(first, first + _CHUNK)

@@ -1,0 +1,135 @@
+"""One run of an encoder's layers: what it is given, and what waits for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.dropout import new_seed
+from ..packing import Packing
+from . import sums
+from .stack import KEY, QUERY, ROLES, VALUE, Stack
+
+__all__ = ["SEEDS_APART", "Run"]
+
+#: Seeds of one forward pass are so far apart that no two masks share a row.
+SEEDS_APART = 2**40
+
+
+class Run:
+    """One forward pass and its backward pass.
+
+    Parameters
+    ----------
+    stack : Stack
+        What runs.
+    packing : Packing
+        Where the sequences lie.
+    score_bias : Tensor or None
+        `[H, S, S]`, added to the scores of attention.
+    biases : sequence of Tensor or None
+        Eight a layer, in the order of `ROLES`.
+    dtype : torch.dtype
+        Of the output.
+    keeps : bool
+        Whether there may be a backward pass.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        packing: Packing,
+        score_bias: Tensor | None,
+        biases: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        keeps: bool,
+    ) -> None:
+        self.stack, self.packing, self.score_bias = stack, packing, score_bias
+        self.biases, self.dtype, self.keeps = biases, dtype, keeps
+        #: What the backward pass takes, from the end
+        self.kept: list[Tensor | None] = []
+        #: Whether the last LayerNorm casts to the output's dtype, and from it
+        self.casts = False
+        #: The probability of each dropout: attention's and both junctions' a layer
+        self.dropouts = [
+            0.0 if rate is None else rate()
+            for layer in stack.layers
+            for rate in (layer.dropout, layer.middle.dropout, layer.end.dropout)
+        ]
+        self._seeds: Tensor | None = None
+        if any(self.dropouts):
+            count = len(self.dropouts)
+            device = packing.device
+            # each twice, so that all begin at 16 bytes: kernels compile for what is so, or not
+            number = torch.arange(2 * count, device=device) // 2
+            self._seeds = new_seed(device) + SEEDS_APART * number
+        self._joined: Tensor | None = None
+
+    def drop(self, number: int) -> tuple[float, Tensor | None]:
+        """Return probability and seed of a dropout: three a layer, as in `dropouts`."""
+        p, seeds = self.dropouts[number], self._seeds
+        return p, None if not p or seeds is None else seeds[2 * number : 2 * number + 1]
+
+    def bias(self, index: int | None) -> Tensor | None:
+        """Return a bias, if there is one."""
+        return None if index is None else self.biases[index]
+
+    def qkv_bias(self, number: int, first: int, last: int) -> Tensor | None:
+        """Return some parts of the joined biases of q, k and v of a layer."""
+        if self._joined is None:
+            self._joined = self._joined_biases()
+        width = self.stack.width
+        joined = self._joined
+        return None if not joined.numel() else joined[number, first * width : last * width]
+
+    def _joined_biases(self) -> Tensor:
+        """Return the biases of q, k and v of all layers, `[L, 3 d]`; empty where there are none."""
+        count, dtype = len(self.stack.layers), self.stack.dtype
+        parts = [
+            self.biases[number * len(ROLES) + role]
+            for number in range(count)
+            for role in (QUERY, KEY, VALUE)
+        ]
+        there = [part for part in parts if part is not None]
+        if not there:
+            return torch.empty(0)
+        if len(there) < len(parts):
+            zero = torch.zeros_like(there[0])
+            there = [zero if part is None else part for part in parts]
+        if sums.defers(there[0][None]):
+            # one launch, not two
+            joined = torch.empty(sum(map(len, there)), dtype=dtype, device=there[0].device)
+            torch._foreach_copy_(list(joined.split([len(part) for part in there])), there)
+            return joined.view(count, -1)
+        return torch.cat(there).to(dtype).view(count, -1)
+
+    # ------------------------------------------------------------ between the two passes
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for the backward pass, which takes them in the opposite order."""
+        if self.keeps:
+            self.kept.extend(tensors)
+
+    def taken(self, count: int) -> list[Any]:
+        """Take the last tensors that were kept."""
+        taken = self.kept[-count:]
+        del self.kept[-count:]
+        return taken
+
+    def take_kept(self) -> list[Tensor | None]:
+        """Hand out what was kept, for autograd to look after."""
+        kept = [*self.kept, self._seeds]
+        self.release()
+        return kept
+
+    def restore(self, kept: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
+        """Take back what was kept."""
+        self.kept, self.biases = list(kept), biases
+        self._seeds = self.kept.pop()
+
+    def release(self) -> None:
+        """Let go of tensors."""
+        self.kept, self.biases, self._joined = [], (), None
