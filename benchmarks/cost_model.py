@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from torch.utils.flop_counter import flop_registry
 from work import DEVICE, Counted, Work, flash_backward, plus, size, tensors
 
 from bitfit_fast import arena
-from bitfit_fast.encoder import backward, encoder_of, forward, sums
+from bitfit_fast.encoder import backward, embeddings, forward, sums
 from bitfit_fast.files import write_json
 from bitfit_fast.kernels._attention import attention_config
 from bitfit_fast.kernels._launch import column_config
@@ -53,9 +52,6 @@ from bitfit_fast.training.fast import FastStep
 __all__ = ["COUNTED", "count", "count_all"]
 
 aten = torch.ops.aten
-#: Whose module's name its own function has.
-install = sys.modules[encoder_of.__module__]
-
 
 #: What is counted, by the names of `steps.VARIANTS`.
 COUNTED = {
@@ -405,7 +401,7 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
         mock.patch.object(backward, "attention_bwd", bwd),
         mock.patch.object(backward, "attention_sums", _attention_sums),
         mock.patch.object(sums, "defers", lambda tensor: True),
-        mock.patch.object(install, "gathers", lambda table: True),
+        mock.patch.object(embeddings, "gathers", lambda table: True),
         mock.patch.object(arena, "uses_triton", lambda tensor: True),
         mock.patch.object(sums, "processors", lambda tensor: DEVICE.processors),
         mock.patch.object(fixed._Inputs, "load", _loading(mode)),

@@ -1,4 +1,7 @@
-"""Embeddings whose rows wait for the LayerNorm behind them, which reads and adds them itself."""
+"""Drop-ins for a model's embeddings.
+
+Rows wait for the LayerNorm behind them, which reads and adds them itself.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..kernels._constants import MOST_TABLES
-from ..ops.embedding import embedding_layer_norm
+from ..modules import Dropout, LayerNorm, original
+from ..ops.embedding import embedding_layer_norm, gathers
 from ..stand_in import StandIn
+from .parts import hooked
 
-__all__ = ["Embedding", "Gathered"]
+__all__ = ["Embedding", "Gathered", "put_drop_ins", "take_drop_ins", "waiting_tables"]
 
 
 class Gathered(StandIn):
@@ -84,3 +89,39 @@ class Embedding(nn.Embedding):
         ):
             return super().forward(input)
         return Gathered([input], [self.weight], self._goes_on_in)
+
+
+#: What takes the place of modules of the embeddings.
+_DROP_INS: tuple[Any, ...] = (LayerNorm, Dropout, Embedding)
+
+
+def put_drop_ins(embeddings: nn.Module) -> None:
+    """Let the modules of a model's embeddings be drop-ins, in place."""
+    for module in embeddings.children():
+        for drop_in in _DROP_INS:
+            if type(module) is drop_in._replaces and not hooked(module):
+                module.__class__ = drop_in
+
+
+def take_drop_ins(embeddings: nn.Module) -> None:
+    """Undo `put_drop_ins`."""
+    for module in embeddings.children():
+        if type(module) in _DROP_INS:
+            module.__class__ = original(module)
+
+
+def waiting_tables(embeddings: nn.Module) -> list[Embedding]:
+    """Return the tables whose rows the LayerNorm behind them can read and add itself.
+
+    That saves launches, and is done where they matter.
+    """
+    words = getattr(embeddings, "word_embeddings", None)
+    if type(words) is not Embedding or not gathers(words.weight):
+        return []
+    tables = [m for m in embeddings.children() if type(m) is Embedding]
+    norm = getattr(embeddings, "LayerNorm", None)
+    dtypes = {module.weight.dtype for module in (norm, *tables) if module is not None}
+    plain = type(norm) is LayerNorm and dtypes == {torch.float32}
+    if not plain or any(map(hooked, embeddings.modules())):
+        return []
+    return tables

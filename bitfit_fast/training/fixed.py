@@ -293,7 +293,7 @@ class FixedSteps:
         key = (also, *self._kind(batch, budget))
         if key in self._made:
             inputs, run, losses = self._made[key]
-            self.encoder.check()
+            self.encoder.weights.check()
             inputs.load(batch, lengths, lr)
         else:
             self._seen[key] = self._seen.get(key, 0) + 1

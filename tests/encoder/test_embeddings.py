@@ -1,7 +1,5 @@
 """Embeddings in one kernel: the same numbers, wherever they are wanted, and otherwise not."""
 
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -26,7 +24,7 @@ def gathered(monkeypatch):
     monkeypatch.setattr(embeddings, "embedding_layer_norm", counting)
 
     def switch(on):
-        monkeypatch.setattr(sys.modules[encoder_of.__module__], "gathers", lambda table: on)
+        monkeypatch.setattr(embeddings, "gathers", lambda table: on)
         monkeypatch.setattr(sums, "defers", lambda tensor: on)
         return seen
 

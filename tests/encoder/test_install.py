@@ -60,28 +60,28 @@ def test_unpatching_brings_everything_back(family, precision, build, picture, ba
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("what", ["Product", "_sums", "_subclass"])
+@pytest.mark.parametrize("what", ["reading.Product", "weights._sums", "calls._subclass"])
 def test_patching_that_fails_half_way_changes_nothing(
     family, precision, what, build, picture, monkeypatch
 ):
-    install = importlib.import_module("bitfit_fast.encoder.install")
-
     def of(model):
         storages = [(p.data_ptr(), p.untyped_storage().nbytes()) for p in model.parameters()]
         return picture(model) | {"storages": storages}
 
-    makes, made = getattr(install, what), []
+    module, _, name = what.partition(".")
+    module = importlib.import_module(f"bitfit_fast.encoder.{module}")
+    makes, made = getattr(module, name), []
 
     def scarce(*args):
         made.append(what)
-        if len(made) == (2 if what == "_subclass" else 6):
+        if len(made) == (2 if name == "_subclass" else 6):
             raise torch.OutOfMemoryError("out of memory")
         return makes(*args)
 
     model = build(family)
     select(model)
     before = of(model)
-    monkeypatch.setattr(install, what, scarce)
+    monkeypatch.setattr(module, name, scarce)
     with pytest.raises(torch.OutOfMemoryError):
         patch_encoder(model, precision=precision)
     after = of(model)
