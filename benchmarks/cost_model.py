@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from live import Live
 from provenance import command_line, provenance
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,7 @@ from torch.utils.flop_counter import flop_registry
 from work import DEVICE, Counted, Work, flash_backward, plus, size, tensors
 
 from bitfit_fast import arena
-from bitfit_fast.encoder import backward, embeddings, forward, sums
+from bitfit_fast.encoder import backward, embeddings, forward, product, sums
 from bitfit_fast.files import write_json
 from bitfit_fast.kernels._attention import attention_config
 from bitfit_fast.kernels._launch import column_config
@@ -120,6 +121,11 @@ def _layer_norm_bwd(args: tuple[Any, ...], out: Any) -> Work:
     return plus(own, _sums(*ds.shape, sums.shape[0], rows))
 
 
+def _in_place(args: tuple[Any, ...], out: Any) -> Work:
+    # the first argument is read and written
+    return Work(1, size(tensors(args) + tensors(out)) + size([args[0]]))
+
+
 def _column_work(x: Tensor, tensors: list[Tensor], sums: int) -> Work:
     rows = column_config(*x.shape, DEVICE.processors)["P"]
     return plus(Work(1, size(tensors)), _sums(*x.shape, sums, rows))
@@ -167,8 +173,9 @@ def _adamw(args: tuple[Any, ...], out: Any) -> Work:
 
 _OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "activation_bwd": _activation_bwd,
-    "activation_bwd_partial": _layer_norm_fwd,
+    "activation_bwd_partial_": _in_place,
     "activation_fwd": _layer_norm_fwd,
+    "activation_fwd_": _in_place,
     "adamw_": _adamw,
     "add_segments": _add_segments,
     "column_sum": _column_sum,
@@ -196,6 +203,8 @@ class _Mode(TorchDispatchMode):
         self.fixed = False
         #: Operations before those of clipping and optimiser
         self.before_clipping = 0
+        #: What follows memory, while something does
+        self.live: Live | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -213,6 +222,8 @@ class _Mode(TorchDispatchMode):
             # the loss is copied for the caller, behind the graph
             outside = packet is aten.clone and self.fixed
             self.counted.note(packet.__name__, _work(func, args, kwargs, out), outside)
+        if self.live is not None:
+            self.live.note((args, kwargs), out)
         return out
 
 
@@ -403,6 +414,7 @@ def _as_on_a_gpu(mode: _Mode) -> Iterator[None]:
         mock.patch.object(sums, "defers", lambda tensor: True),
         mock.patch.object(embeddings, "gathers", lambda table: True),
         mock.patch.object(arena, "uses_triton", lambda tensor: True),
+        mock.patch.object(product, "uses_triton", lambda tensor: True),
         mock.patch.object(sums, "processors", lambda tensor: DEVICE.processors),
         mock.patch.object(fixed._Inputs, "load", _loading(mode)),
         mock.patch.object(F, "scaled_dot_product_attention", _flash(mode)),
@@ -460,9 +472,13 @@ def count(variant: str, setting: Setting) -> tuple[dict[str, Any], Counted]:
         mode.counted = Counted()
         with Saved(step.inner.model) as saved:  # type: ignore[attr-defined]
             step(batch)
+        mode.live = live = Live()
+        step(batch)
+        live.close()
     layers = step.inner.model.config.num_hidden_layers  # type: ignore[attr-defined]
     kept = round(saved.bytes / tokens / layers, 1)
-    return _row(counted, mode.fixed, saved_bytes_per_token_layer=kept), counted
+    memory = {"saved_bytes_per_token_layer": kept, "peak_bytes": live.peak}
+    return _row(counted, mode.fixed, **memory), counted
 
 
 def _row(counted: Counted, in_graphs: bool, **more: Any) -> dict[str, Any]:

@@ -160,7 +160,11 @@ def _activation_bwd_kernel(
 
 
 def activation_fwd(
-    x: Tensor, b: Tensor | None = None, act: str = "gelu", few_bits: bool = False
+    x: Tensor,
+    b: Tensor | None = None,
+    act: str = "gelu",
+    few_bits: bool = False,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Add the bias and apply the activation.
 
@@ -174,6 +178,8 @@ def activation_fwd(
         A key of `ACTIVATIONS`.
     few_bits : bool
         Whether to return the derivative in 8 bits too.
+    in_place : bool
+        Whether `h` takes the place of `x`, which is contiguous then.
 
     Returns
     -------
@@ -181,7 +187,7 @@ def activation_fwd(
         `[M, N]` in the dtype of `x`; `[M, N]` uint8.
     """
     rows, columns = x.shape
-    h = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    h = x if in_place else torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     d = torch.empty(rows, columns, dtype=torch.uint8, device=x.device) if few_bits else None
     if h.numel() == 0:
         return h, d
@@ -214,13 +220,14 @@ def activation_bwd(
     b: Tensor | None = None,
     act: str = "gelu",
     partial: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of the activation's input and its column sum.
 
     Parameters
     ----------
     dh : Tensor
-        `[M, N]`, gradient of the output; only read, any strides.
+        `[M, N]`, gradient of the output; any strides, and only read unless asked otherwise.
     x : Tensor
         `[M, N]`, the input of the forward pass, or the uint8 derivative that it returned.
     b : Tensor, optional
@@ -229,6 +236,8 @@ def activation_bwd(
         A key of `ACTIVATIONS`.
     partial : Tensor, optional
         `[1, P, N]` fp32, contiguous: where partial rows go that the caller will add.
+    in_place : bool
+        Whether `dz` takes the place of `dh`, which is contiguous then.
 
     Returns
     -------
@@ -245,7 +254,7 @@ def activation_bwd(
         partial = torch.empty(size, dtype=torch.float32, device=dh.device)
     partial_rows = partial.shape[1]
     low, step = quantisation(act)
-    dz = torch.empty(rows, columns, dtype=dh.dtype, device=dh.device)
+    dz = dh if in_place else torch.empty(rows, columns, dtype=dh.dtype, device=dh.device)
     if partial.numel():
         grid = (cdiv(columns, config["BLOCK_N"]), partial_rows)
         with device_guard(dh):

@@ -12,7 +12,7 @@ from ..ops._backend import uses_triton
 from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_bwd
-from ..ops.partial import activation_bwd_partial, column_sum_partial, layer_norm_bwd_partial
+from ..ops.partial import activation_bwd_partial_, column_sum_partial, layer_norm_bwd_partial
 from .attention import attention_bwd, attention_sums, joined
 from .depth import END, ENTRY, INNER, MIDDLE, QKV, lowest, place
 from .forward import apart, chunks, norms, project
@@ -173,9 +173,9 @@ class BackwardPass:
             (kept,) = self.run.taken(1)
             deferred = self.gradients.defers and self.gradients.needed(index)
             if deferred and not _is_one_kernel(layer.down, dz):
-                dh = layer.down.backward(dz)
-                partial = self.gradients.partial([index], column_rows(dh), dh.shape[1])
-                du = activation_bwd_partial(dh, kept, b, layer.act, partial)
+                du = layer.down.backward(dz)
+                partial = self.gradients.partial([index], column_rows(du), du.shape[1])
+                activation_bwd_partial_(du, kept, b, layer.act, partial)
             else:
                 du, db = layer.down.activation_bwd(dz, kept, b, layer.act, True)
                 self.gradients.note(index, db)

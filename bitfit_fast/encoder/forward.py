@@ -56,6 +56,7 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
             y = residual = _end(run, number, o, residual, weights)
             continue
         z = layer.out(o)
+        del o  # which would lie there as long as the feed-forward block runs
         y, residual = _join(run, layer.middle, z, residual, 3 * number + 1, z.dtype)
         z = _feed_forward(run, number, y)
         run.casts = number == last and layer.end.gamma is not None and sums.defers(z)

@@ -96,6 +96,9 @@ class _Layers(torch.autograd.Function):
         _, needs_input, needs_embedding_beta, *needs = ctx.needs_input_grad
         count = len(needs)
         run.restore(tensors[: len(tensors) - count], tensors[len(tensors) - count :])
+        # what a layer kept is to be freed behind it, unless there will be another backward pass
+        del tensors
+        ctx.maybe_clear_saved_tensors()
         with torch.autocast(dy.device.type, enabled=False):
             dy = dy if run.casts else dy.to(run.stack.dtype)
             gradients = Gradients(

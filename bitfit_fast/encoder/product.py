@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels import native, tiles
 from ..ops._backend import uses_native, uses_triton
-from ..ops.activation import activation_fwd
+from ..ops.activation import activation_fwd, activation_fwd_
 from ..ops.linear import linear_activation_bwd
 
 __all__ = ["Product"]
@@ -116,6 +116,9 @@ class Product:
         if keeps and not few_bits and not uses_triton(u) and uses_native(u):
             # the derivative takes the place of u: no erf a second time
             return native.activation_fwd(u, b, act, False, slope=u)[0], u
+        if uses_triton(u) and (few_bits or not keeps):
+            # nobody asks for u again
+            return u, activation_fwd_(u, b, act, few_bits and keeps)
         h, levels = activation_fwd(u, b, act, few_bits and keeps)
         return h, levels if few_bits else u
 

@@ -94,6 +94,29 @@ def _(x, b, act, few_bits):
 
 
 @operation(
+    "activation_fwd_",
+    "(Tensor(a!) x, Tensor? b, str act, bool few_bits) -> Tensor",
+    writes=("x",),
+)
+def activation_fwd_(x, b, act, few_bits):
+    """Apply the activation to `x` itself; return act' in 8 bits where asked for."""
+    (b,) = contiguous(b)
+    if uses_triton(x):
+        from ..kernels import activation as kernel
+
+        d = kernel.activation_fwd(x, b, act, few_bits, in_place=True)[1]
+        return x.new_empty(0, dtype=torch.uint8) if d is None else d
+    h, d = activation_fwd(x, b, act, few_bits)
+    x.copy_(h)
+    return d
+
+
+@activation_fwd_.register_fake
+def _(x, b, act, few_bits):
+    return x.new_empty(x.shape if few_bits else (0,), dtype=torch.uint8)
+
+
+@operation(
     "activation_bwd",
     "(Tensor dh, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )

@@ -16,7 +16,7 @@ from .dropout import drawn
 from .layer_norm import backward_definition as layer_norm_definition
 
 __all__ = [
-    "activation_bwd_partial",
+    "activation_bwd_partial_",
     "add_segments",
     "column_sum_partial",
     "layer_norm_bwd_partial",
@@ -63,25 +63,26 @@ def _(dy, kept, mean, rstd, gamma, dsum, p, seed, ds_dtype, dx_dtype, *rest):
 
 
 @operation(
-    "activation_bwd_partial",
-    "(Tensor dh, Tensor kept, Tensor? b, str act, Tensor(a!) partial) -> Tensor",
-    writes=("partial",),
+    "activation_bwd_partial_",
+    "(Tensor(a!) dh, Tensor kept, Tensor? b, str act, Tensor(b!) partial) -> ()",
+    writes=("dh", "partial"),
 )
-def activation_bwd_partial(dh, kept, b, act, partial):
-    """Do what `activation_bwd` does, with the sum in partial rows `[1, P, N]`."""
+def activation_bwd_partial_(dh, kept, b, act, partial):
+    """Do what `activation_bwd` does to `dh` itself, with the sum in partial rows `[1, P, N]`."""
     (b,) = contiguous(b)
     if uses_triton(dh):
         from ..kernels import activation as kernel
 
-        return kernel.activation_bwd(dh, kept, b, act, partial)[0]
+        kernel.activation_bwd(dh, kept, b, act, partial, in_place=True)
+        return
     dz, db = activation_definition(dh, kept, b, act)
+    dh.copy_(dz)
     _as_first(db[None], partial)
-    return dz.contiguous()
 
 
-@activation_bwd_partial.register_fake
+@activation_bwd_partial_.register_fake
 def _(dh, kept, b, act, partial):
-    return dh.new_empty(dh.shape)
+    return None
 
 
 @operation(

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bitfit_fast import patch_encoder, select
 from bitfit_fast.encoder import forward
+from bitfit_fast.encoder.run import Run
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256}
@@ -100,6 +102,23 @@ def test_bytes_kept_in_a_pre_norm_encoder(memory, build, batch):
         totals.append(kept_bytes(model, inputs))
     tokens, width = 6 * 17, WIDE["hidden_size"]
     assert (totals[1] - totals[0]) / tokens <= BYTES[memory] * width + 16
+
+
+def test_what_a_layer_kept_is_freed_behind_it(patched, batch, memory, monkeypatch):
+    seen, alive, take = [], [], Run.taken
+
+    def taken(run, count):
+        alive.append(sum(not reference.expired() for reference in seen))
+        tensors = take(run, count)
+        seen.extend(StorageWeakRef(t.untyped_storage()) for t in tensors if t is not None)
+        return tensors
+
+    model = patched("bert", memory=memory, num_hidden_layers=4)
+    loss = model(**batch(model)).loss
+    monkeypatch.setattr(Run, "taken", taken)
+    loss.backward()
+    assert len(seen) >= 4 * 4
+    assert max(alive) <= 2, alive
 
 
 def test_weights_of_attention_are_kept_once_in_fp32(build):

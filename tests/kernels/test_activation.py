@@ -91,6 +91,21 @@ def test_inputs_of_any_strides():
     check(x[::2, ::3], dh[1::2, 2::3], b[:20], "silu")
 
 
+@pytest.mark.parametrize("few_bits", [False, True])
+def test_both_passes_in_place(few_bits):
+    x, dh, b = inputs(70, 48, torch.bfloat16)
+    h, d = activation.activation_fwd(x, b, few_bits=few_bits)
+    kept = d if few_bits else x
+    dz, db = activation.activation_bwd(dh, kept, b)
+    u, partial = x.clone(), torch.empty(1, 2, 48, device=DEVICE)
+    found, levels = activation.activation_fwd(u, b, few_bits=few_bits, in_place=True)
+    assert found is u and torch.equal(u, h)
+    assert levels is None if d is None else torch.equal(levels, d)
+    found, rows = activation.activation_bwd(dh, kept, b, partial=partial, in_place=True)
+    assert found is dh and torch.equal(dh, dz) and rows is partial
+    torch.testing.assert_close(partial[0].sum(0), db)
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (5, 0)], ids=str)
 def test_nothing_gives_nothing(shape):
     x, dh, b = inputs(*shape, torch.float32)

@@ -67,6 +67,16 @@ def test_activation_fwd_on_every_choice(few_bits, randn):
 
 
 @pytest.mark.parametrize("few_bits", [False, True])
+def test_activation_fwd__on_every_choice(few_bits, randn):
+    for b in (None, randn(COLUMNS)):
+        x = randn(ROWS, COLUMNS)
+        check(ops.activation_fwd_, x, b, "gelu", few_bits)
+        h, d = ops.activation_fwd(x.clone(), b, "gelu", few_bits)
+        assert torch.equal(ops.activation_fwd_(x, b, "gelu", few_bits), d)
+        assert torch.equal(x, h)
+
+
+@pytest.mark.parametrize("few_bits", [False, True])
 def test_activation_fwd_on_every_layout(few_bits, randn):
     for x in layouts(randn):
         check_layout(ops.activation_fwd, x, randn(COLUMNS), "gelu", few_bits)
@@ -165,11 +175,11 @@ def test_layer_norm_bwd_partial_on_every_choice(p, randn, seed):
         )
 
 
-def test_activation_bwd_partial_on_every_choice(randn):
+def test_activation_bwd_partial__on_every_choice(randn):
     dh, x = randn(ROWS, COLUMNS), randn(ROWS, COLUMNS)
     partial = randn(1, column_rows(dh), COLUMNS)
     for b in (None, randn(COLUMNS)):
-        check(ops.activation_bwd_partial, dh, x, b, "gelu", partial)
+        check(ops.activation_bwd_partial_, dh, x, b, "gelu", partial)
 
 
 def test_add_segments_on_every_choice(randn, device):
