@@ -86,6 +86,13 @@ def test_compiled_references_do_the_same_products_in_fewer_launches():
         assert row["graph_ms"] < row["predicted_ms"], name
 
 
+def test_a_fused_product_moves_less_and_computes_as_much():
+    found = counts("--model", "tiny", "--fused")
+    assert found["fused"]["bytes"] < found["fast"]["bytes"]
+    assert found["fused"]["flops"] == found["fast"]["flops"]
+    assert found["fused"]["launches"] <= found["fast"]["launches"]
+
+
 @pytest.mark.parametrize("variant", ["fast", "low", "lower", "lowest"])
 def test_a_graph_is_faster_than_its_launches(now, variant):
     assert now[variant]["graph_ms"] < now[variant]["predicted_ms"]

@@ -98,7 +98,8 @@ class _Layers(torch.autograd.Function):
         run.restore(tensors[: len(tensors) - count], tensors[len(tensors) - count :])
         # what a layer kept is to be freed behind it, unless there will be another backward pass
         del tensors
-        ctx.maybe_clear_saved_tensors()
+        if not torch.compiler.is_compiling():
+            ctx.maybe_clear_saved_tensors()
         with torch.autocast(dy.device.type, enabled=False):
             dy = dy if run.casts else dy.to(run.stack.dtype)
             gradients = Gradients(

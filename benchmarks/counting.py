@@ -1,0 +1,229 @@
+"""Counts what the operations of a step would do on a GPU, launch by launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from live import Live
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+from work import DEVICE, Counted, Work, plus, size, tensors
+
+from bitfit_fast.kernels._launch import cdiv, column_config
+from bitfit_fast.kernels.layer_norm import layer_norm_config
+from bitfit_fast.kernels.linear import linear_config
+
+__all__ = ["OURS", "Counting", "fused_product"]
+
+aten = torch.ops.aten
+
+#: Operations that touch no data, besides views.
+_FREE = {
+    aten._unsafe_view,
+    aten._local_scalar_dense,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.lift_fresh,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.set_,
+    aten.squeeze_,
+}
+#: What takes long, and whose values nothing depends on.
+_HEAVY = {
+    aten.addmm,
+    aten.addmm_,
+    aten.bmm,
+    aten.gelu,
+    aten.gelu_backward,
+    aten.mm,
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+}
+#: Operations of more than one launch.
+_LAUNCHES = {aten.native_layer_norm_backward: 2}
+#: Tensors that one launch of an operation on lists takes, by how many lists there are.
+_LIST_LIMIT = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+
+
+# ------------------------------------------------------------- what our launchers would launch
+
+
+def _sums(rows: int, width: int, sums: int, partial_rows: int) -> Work:
+    """Return the second stage of column sums, and the partial rows that the first one writes."""
+    if not sums:
+        return Work()
+    if partial_rows == 1:
+        return Work(0, 4 * sums * width)
+    return Work(1, 4 * sums * width * (2 * partial_rows + 1))
+
+
+def _layer_norm_fwd(args: tuple[Any, ...], out: Any) -> Work:
+    return Work(1, size(tensors(args) + tensors(out)))
+
+
+def _layer_norm_bwd(args: tuple[Any, ...], out: Any) -> Work:
+    ds, dx, sums = out
+    rows = layer_norm_config(*ds.shape, DEVICE.processors)["P"]
+    own = Work(1, size([*tensors(args), ds, dx]))
+    return plus(own, _sums(*ds.shape, sums.shape[0], rows))
+
+
+def _in_place(args: tuple[Any, ...], out: Any) -> Work:
+    # the first argument is read and written
+    return Work(1, size(tensors(args) + tensors(out)) + size([args[0]]))
+
+
+def _column_work(x: Tensor, tensors: list[Tensor], sums: int) -> Work:
+    rows = column_config(*x.shape, DEVICE.processors)["P"]
+    return plus(Work(1, size(tensors)), _sums(*x.shape, sums, rows))
+
+
+def _activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
+    return _column_work(out[0], [*tensors(args), out[0]], 1)
+
+
+def _linear_activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
+    # the vendor's product, and the activation's backward pass over what it gave
+    dy, w, saved, b = args[:4]
+    dz = out[0]
+    product = Work(1, size([dy, w, dz]), 2 * dz.numel() * dy.shape[1])
+    after = [t for t in (saved, b, dz) if t is not None]
+    return plus(product, plus(_column_work(dz, after, 1), Work(0, size([dz]))))
+
+
+def fused_product(args: tuple[Any, ...], out: Any) -> Work:
+    """Return the work of `linear_activation_bwd` in one kernel."""
+    dy, dz = args[0], out[0]
+    config = linear_config(*dz.shape, dy.shape[1], dy.element_size(), DEVICE.processors)
+    own = Work(1, size([*tensors(args), dz]), 2 * dz.numel() * dy.shape[1])
+    return plus(own, _sums(*dz.shape, 1, cdiv(len(dz), config["BLOCK_M"])))
+
+
+def _column_sum(args: tuple[Any, ...], out: Any) -> Work:
+    return _column_work(args[0], tensors(args), 1)
+
+
+def _add_segments(args: tuple[Any, ...], out: Any) -> Work:
+    table = args[1].tolist()
+    # the sums are written, and read before where they are added to what is there
+    ends = 1 + args[4]
+    numbers = sum((rows + ends) * columns for _, rows, _, columns, _ in table)
+    return Work(1, 4 * numbers + size([args[1]]))
+
+
+def _embedding_layer_norm(args: tuple[Any, ...], out: Any) -> Work:
+    gamma, beta, ids, tables = args[:4]
+    # of each table a row for each token, as PyTorch's own gathering counts
+    rows = sum(out.numel() * table.element_size() for table in tables)
+    return Work(1, rows + size(tensors((gamma, beta, ids, out))))
+
+
+def _squares(args: tuple[Any, ...], out: Any) -> Work:
+    return Work(1, size(tensors((args, out))) + size([args[1]]))
+
+
+def _adamw(args: tuple[Any, ...], out: Any) -> Work:
+    return Work(1, size(tensors(args)) + size(list(args[:4])))
+
+
+OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
+    "activation_bwd": _activation_bwd,
+    "activation_bwd_partial_": _in_place,
+    "activation_fwd": _layer_norm_fwd,
+    "activation_fwd_": _in_place,
+    "adamw_": _adamw,
+    "add_segments": _add_segments,
+    "column_sum": _column_sum,
+    "column_sum_partial": _layer_norm_fwd,
+    "dropout": _layer_norm_fwd,
+    "embedding_layer_norm": _embedding_layer_norm,
+    "layer_norm_bwd": _layer_norm_bwd,
+    "layer_norm_bwd_partial": _layer_norm_fwd,
+    "layer_norm_fwd": _layer_norm_fwd,
+    "linear_activation_bwd": _linear_activation_bwd,
+    "squares": _squares,
+}
+
+
+# ------------------------------------------------------------------------------- the counter
+
+
+class Counting(TorchDispatchMode):
+    """Sees every operation, computes those that are quick, and counts what all of them do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counted()
+        #: Whether the step is one that a GPU is given to capture
+        self.fixed = False
+        #: Operations before those of clipping and optimiser
+        self.before_clipping = 0
+        #: What follows memory, while something does
+        self.live: Live | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, packet = kwargs or {}, func.overloadpacket
+        if func.namespace in ("prim", "profiler"):
+            return func(*args, **kwargs)
+        if func.namespace not in ("aten", "bitfit_fast"):
+            raise RuntimeError(f"it is not known what {func} does on a GPU")
+        if func.namespace == "bitfit_fast" and packet.__name__ not in OURS:
+            raise RuntimeError(f"it is not known what {func} launches")
+        heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
+        out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
+        if not (func.is_view or packet in _FREE):
+            # the loss is copied for the caller, behind the graph
+            outside = packet is aten.clone and self.fixed
+            self.counted.note(packet.__name__, _work(func, args, kwargs, out), outside)
+        if self.live is not None:
+            self.live.note((args, kwargs), out)
+        return out
+
+
+def _uncomputed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return an operation's output with any values."""
+    meta = tree_map_only(
+        Tensor,
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"),
+        (args, kwargs),
+    )
+    out = func(*meta[0], **meta[1])
+    if func._schema.is_mutable and func.namespace == "aten":
+        return args[0]
+    return tree_map_only(
+        Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), out
+    )
+
+
+def _work(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
+    packet, name = func.overloadpacket, func.overloadpacket.__name__
+    if func.namespace == "bitfit_fast":
+        return OURS[name](args, out)
+    if func is aten._foreach_add_.Tensor:
+        return Work()  # AdamW's step counts, which lie on the host
+    inputs, outputs = tensors((args, kwargs)), tensors(out)
+    moved = size(inputs) + size(outputs)
+    if func._schema.is_mutable and not outputs:  # of lists
+        moved += size(tensors(args[0]))
+    if packet in (aten.embedding, aten.index_select):
+        moved = 2 * size(outputs)
+    elif packet in (aten.index_add_, aten.index_copy_):
+        moved = (3 if packet is aten.index_add_ else 2) * size([args[3]])
+    launches = _LAUNCHES.get(packet, 1)
+    lists = [a for a in args if isinstance(a, (list, tuple)) and tensors(a)]
+    if name.startswith("_foreach") or name.startswith("_fused"):
+        launches = -(-len(lists[0]) // _LIST_LIMIT[len(lists)])
+    flops = 0
+    if packet in flop_registry:
+        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+    elif packet is aten.addmm_:
+        flops = 2 * out.numel() * args[1].shape[1]
+    return Work(launches, moved, flops)
