@@ -35,6 +35,8 @@ from bitfit_fast.kernels import (
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = (384, 768, 1024, 4096)
+#: BERT's width.
+BERT = 768
 #: Sizes of 1, of which a launch makes constants, and misaligned rows.
 ODD = ((64, 1), (1, 64), (100, 30))
 ROWS = 8192
@@ -145,51 +147,77 @@ def launches_of_attention():
                     yield f"{what} sums", attention_bwd.attention_bwd, (*arguments, *places)
 
 
+def launches_of_layer_norm(name, m, n, usual):
+    """Yield a row's kernels: all that can be asked of BERT's, and elsewhere the most and the least.
+
+    The most is dropout with a third sum before a block and without one after it.
+    """
+    dtype, at, seed = DTYPES[name], f"{name} {m}x{n}", empty(1, dtype=torch.int64)
+    a, v, rstd = empty(m, n, dtype=dtype), empty(n), empty(m)
+    for p, prenorm in itertools.product((0.0, 0.1) if usual else (0.1,), (False, True)):
+        tail = f"{at} dropout={p} prenorm={prenorm}"
+        arguments = (a, v, v, v, a, p, seed, 1e-5, dtype, True, prenorm)
+        yield f"layer_norm_fwd {tail}", layer_norm.layer_norm_fwd, arguments
+        mean, dsum = (rstd, a) if prenorm else (None, None)
+        after = (a, mean, rstd, v, dsum, p, seed, dtype, dtype, True, True)
+        # dropout takes registers more, with which a third sum shows whether all fit
+        for dgamma in ((False, True) if p else (False,)) if usual else (prenorm,):
+            what = f"layer_norm_bwd {tail} dgamma={dgamma}"
+            yield what, layer_norm.layer_norm_bwd, (a, *after, dgamma)
+        if name == "bf16" and not prenorm and (m, n) not in ODD:  # the last one of a stack
+            arguments = (*arguments[:8], torch.float32, True, False, dtype)
+            yield f"layer_norm_fwd {tail} to fp32", layer_norm.layer_norm_fwd, arguments
+            what = f"layer_norm_bwd {tail} from fp32"
+            yield what, layer_norm.layer_norm_bwd, (empty(m, n), *after)
+    yield f"layer_norm_fwd {at} alone", layer_norm.layer_norm_fwd, (a, v, v)
+    for dgamma in (False, True) if usual else (False,):
+        arguments = (a, a, rstd, rstd, v)
+        what = f"layer_norm_bwd {at} alone dgamma={dgamma}"
+        needs = {"needs_db": False, "needs_dgamma": dgamma}
+        yield what, functools.partial(layer_norm.layer_norm_bwd, **needs), arguments
+    for count in range(1, 4) if usual else (3,):
+        ids, tables = [empty(m, dtype=torch.int64)] * count, [empty(30000, n)] * count
+        what = f"embedding_layer_norm {at} {count} tables"
+        yield what, embedding.embedding_layer_norm, (v, v, ids, tables, 1e-12, dtype)
+
+
 def launches(dtypes):
-    """Yield a name, a launcher and its arguments for everything that can be launched."""
+    """Yield a name, a launcher and its arguments for everything that can be launched.
+
+    Flags and activations are crossed at BERT's width in bf16. Other dtypes, widths and strides
+    change loads, stores and tiles, not what is between them: there the flags are all on, and all
+    off.
+    """
     seed, offsets = empty(1, dtype=torch.int64), empty(3, dtype=torch.int64)
-    shapes = [(name, ROWS, n) for name in dtypes for n in (*WIDTHS, layer_norm.MAX_COLUMNS)]
-    # the dtype changes loads and stores, the activation what is between them
+    # of the dtypes of 16 bits, which differ in their conversions alone, one is everywhere
+    shapes = [
+        (name, ROWS, n)
+        for name in dtypes
+        for n in (*WIDTHS, layer_norm.MAX_COLUMNS)
+        if name != "fp16" or n in (BERT, layer_norm.MAX_COLUMNS)
+    ]
     for name, m, n in [*shapes, *(("bf16", *shape) for shape in ODD)]:
-        dtype, at = DTYPES[name], f"{name} {m}x{n}"
-        a, v, rstd = empty(m, n, dtype=dtype), empty(n), empty(m)
-        for p, cuts in itertools.product((0.0, 0.1), (None, offsets)):
+        dtype, at, usual = DTYPES[name], f"{name} {m}x{n}", (name, n) == ("bf16", BERT)
+        a, v = empty(m, n, dtype=dtype), empty(n)
+        flags = itertools.product((0.0, 0.1), (None, offsets))
+        for p, cuts in flags if usual else ((0.0, None), (0.1, offsets)):
             what = f"column_sum {at} dropout={p} segments={cuts is not None}"
             yield what, column_sum.column_sum, (a, cuts, p, seed)
         yield f"dropout {at}", dropout.dropout, (a, 0.1, seed)
-        w = empty(n, n, dtype=dtype)
+        w, few = empty(n, n, dtype=dtype), empty(m, n, dtype=torch.uint8)
         yield f"linear_bwd {at}", linear.linear_bwd, (a, w)
-        for act in activation.ACTIVATIONS if (name, n) == ("bf16", 768) else ("gelu",):
-            for few, kept in ((False, a), (True, empty(m, n, dtype=torch.uint8))):
-                tail = f"{at} {act} 8-bit={few}"
-                yield f"activation_fwd {tail}", activation.activation_fwd, (a, v, act, few)
-                yield f"activation_bwd {tail}", activation.activation_bwd, (a, kept, v, act)
-                yield f"linear_bwd {tail}", linear.linear_bwd, (a, w, kept, v, act)
-        for p, prenorm in itertools.product((0.0, 0.1), (False, True)):
-            tail = f"{at} dropout={p} prenorm={prenorm}"
-            arguments = (a, v, v, v, a, p, seed, 1e-5, dtype, True, prenorm)
-            yield f"layer_norm_fwd {tail}", layer_norm.layer_norm_fwd, arguments
-            mean, dsum = (rstd, a) if prenorm else (None, None)
-            after = (a, mean, rstd, v, dsum, p, seed, dtype, dtype, True, True)
-            # dropout takes registers more, with which a third sum shows whether all fit
-            for dgamma in (False, True) if p else (False,):
-                what = f"layer_norm_bwd {tail} dgamma={dgamma}"
-                yield what, layer_norm.layer_norm_bwd, (a, *after, dgamma)
-            if name == "bf16" and not prenorm:  # the last one of a stack
-                arguments = (*arguments[:8], torch.float32, True, False, dtype)
-                yield f"layer_norm_fwd {tail} to fp32", layer_norm.layer_norm_fwd, arguments
-                what = f"layer_norm_bwd {tail} from fp32"
-                yield what, layer_norm.layer_norm_bwd, (empty(m, n), *after)
-        for count in range(1, 4) if n == 768 else (3,):
-            ids, tables = [empty(m, dtype=torch.int64)] * count, [empty(30000, n)] * count
-            what = f"embedding_layer_norm {at} {count} tables"
-            yield what, embedding.embedding_layer_norm, (v, v, ids, tables, 1e-12, dtype)
-        yield f"layer_norm_fwd {at} alone", layer_norm.layer_norm_fwd, (a, v, v)
-        for dgamma in (False, True):
-            arguments = (a, a, rstd, rstd, v)
-            what = f"layer_norm_bwd {at} alone dgamma={dgamma}"
-            needs = {"needs_db": False, "needs_dgamma": dgamma}
-            yield what, functools.partial(layer_norm.layer_norm_bwd, **needs), arguments
+        for act in activation.ACTIVATIONS if usual else ("gelu",):
+            tail = f"{at} {act}"
+            yield f"activation_fwd {tail}", activation.activation_fwd, (a, v, act)
+            yield f"activation_fwd {tail} 8-bit", activation.activation_fwd, (a, v, act, True)
+            yield f"activation_bwd {tail}", activation.activation_bwd, (a, a, v, act)
+            yield f"linear_bwd {tail}", linear.linear_bwd, (a, w, a, v, act)
+        # of a derivative in 8 bits, activations differ in two constants
+        yield f"activation_bwd {tail} 8-bit", activation.activation_bwd, (a, few, v, act)
+        # the low tile holds half of what the high one does
+        if n == BERT or (m, n) == ODD[-1]:
+            yield f"linear_bwd {tail} 8-bit", linear.linear_bwd, (a, w, few, v, act)
+        yield from launches_of_layer_norm(name, m, n, usual)
     for adds in (False, True):
         yield f"add_segments adds={adds}", _reduce.add_segments, (*segments(70), adds)
     yield from launches_of_adamw("adamw", 100_000)
