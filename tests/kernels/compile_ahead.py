@@ -122,29 +122,29 @@ def launches_of_attention():
     """Yield every block size of attention, at each size of a head."""
     seed, bias = empty(1, dtype=torch.int64), empty(HEADS, 512, 512)
     sizes = [(name, d) for name, of_dtype in HEAD_SIZES.items() for d in of_dtype]
-    for name, d in sizes:
+    for (name, d), (max_q, max_k) in itertools.product(sizes, LENGTHS):
+        # of a few queries the tiles are the least, so that BERT's heads will do
+        if not (usual := (name, d) == ("bf16", 64)) and max_q == 1:
+            continue
         # dropout takes the most registers; without it, and with a bias, BERT's heads will do
-        usual = (name, d) == ("bf16", 64)
-        kinds = ((0.1, None), (0.0, None), (0.1, bias)) if usual else ((0.1, None),)
-        for (max_q, max_k), (p, added) in itertools.product(LENGTHS, kinds):
+        kinds = ((0.1, None), (0.1, bias), (0.0, None)) if usual else ((0.1, None),)
+        for p, added in kinds[:2] if max_q == 1 else kinds:
             queries = ROWS if max_q == max_k else ROWS // 64
             inputs = attention_inputs(ROWS, queries, d, 64, DTYPES[name])
             options = (max_q, max_k, p, seed, added)
             tail = f"{name} {max_q}x{max_k} D={d} dropout={p} bias={added is not None}"
             yield f"attention_fwd {tail}", attention.attention_fwd, (*inputs, *options)
             do = empty(queries, HEADS, d, dtype=DTYPES[name])
-            # without dkv only at the bottom of a stack, where short sequences tell enough
-            for needs in (True, False) if usual and max_q == 64 else (True,):
-                what, arguments = (
-                    f"attention_bwd {tail} dkv={needs}",
-                    (do, *inputs, *options, needs),
-                )
-                # the sums take registers more; without them only at the bottom, and elsewhere
-                if not needs or (usual and p and added is None):
-                    yield what, attention_bwd.attention_bwd, arguments
-                places = sums_of(queries, (max_q, max_k), d, 64, DTYPES[name], needs)
-                if needs:
-                    yield f"{what} sums", attention_bwd.attention_bwd, (*arguments, *places)
+            places = sums_of(queries, (max_q, max_k), d, 64, DTYPES[name])
+            what, arguments = f"attention_bwd {tail}", (do, *inputs, *options, True)
+            yield f"{what} sums", attention_bwd.attention_bwd, (*arguments, *places)
+            # the sums take registers more; without them, and at the bottom of a stack without
+            # dkv, where short sequences tell enough, BERT's dropout will do
+            if usual and p and added is None:
+                yield what, attention_bwd.attention_bwd, arguments
+                if max_q == 64:
+                    arguments = (do, *inputs, *options, False)
+                    yield f"{what} without dkv", attention_bwd.attention_bwd, arguments
 
 
 def launches_of_layer_norm(name, m, n, usual):
