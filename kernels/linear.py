@@ -39,6 +39,13 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 MEASURED: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
 
 
+@triton.jit
+def _halves(tile):
+    """Return the left and the right half of a tile."""
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, half)), (0, 2, 1)))
+
+
 @triton.jit(do_not_specialize=["M"])
 def _linear_bwd_kernel(
     dy_ptr,  # [M, K]
@@ -96,13 +103,13 @@ def _linear_bwd_kernel(
         acc = tl.dot(dy, w, acc, input_precision="ieee")
         dy_at += BLOCK_K * stride_yk
         w_at += BLOCK_K * stride_wk
-    # half a tile at a time: the product fills the registers
-    half: tl.constexpr = BLOCK_N // 2
-    parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, half)), (0, 2, 1)))
-    col = tl.arange(0, half)[None, :]
-    for i in tl.static_range(2):
+    # a quarter of a tile at a time: the product fills the registers
+    lower, upper = _halves(acc)
+    parts = _halves(lower) + _halves(upper)
+    col = tl.arange(0, BLOCK_N // 4)[None, :]
+    for i in tl.static_range(4):
         part = parts[i]
-        at = left + i * half
+        at = left + i * (BLOCK_N // 4)
         in_cols = at + col < N
         inside = in_rows & in_cols
         if ACT is not None:
