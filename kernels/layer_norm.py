@@ -45,6 +45,10 @@ _TILE = 2048
 #: Programs for each multiprocessor of the backward pass: with 8 KB of loads each, enough to hide
 #: the memory's latency. Each writes partial rows, which stay in the cache.
 _PROGRAMS_PER_PROCESSOR = 4
+#: Registers of a thread, of eight warps, with which three of them fit. Left to itself the
+#: assembler takes so many that two fit, or spills a few, of what dropout needs with a gradient of
+#: the sum or in fp32; told so, it does neither. A third sum does need more.
+_REGISTERS_OF_THREE = 80
 #: Rows that one of them should have at least.
 _ROWS_PER_PROGRAM = 4
 
@@ -388,6 +392,9 @@ def layer_norm_bwd(
     writes_dx = p > 0 or dx_dtype != ds.dtype
     dx = torch.empty(rows, columns, dtype=dx_dtype, device=dy.device) if writes_dx else ds
     config = layer_norm_config(rows, columns, processors(dy))
+    many = p > 0 and (dsum is not None or dy.dtype == torch.float32)
+    if many and not needs_dgamma and config["num_warps"] == 8:
+        config["maxnreg"] = _REGISTERS_OF_THREE
     size, later = (sum(needs), config.pop("P"), columns), partial is not None
     if partial is None:
         partial = torch.empty(size, dtype=torch.float32, device=dy.device)
