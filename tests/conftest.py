@@ -10,6 +10,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# what tests start would have as many threads as processors each, and spin waiting for their turn
+os.environ["OMP_NUM_THREADS"] = "1"
+# nor are the few graphs of a file worth processes that compile them
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
