@@ -46,7 +46,7 @@ def done(tmp_path_factory):
         env=environment(BITFIT_FAST_COMMIT="0123abc-dirty"),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
