@@ -110,12 +110,13 @@ def launches_of_row_counts():
         given = (v, v, ids, tables, 1e-12, torch.bfloat16)
         yield f"{m} rows", embedding.embedding_layer_norm, given
         yield f"{m} rows", linear.linear_bwd, (a, empty(768, 768, dtype=torch.bfloat16))
-        inputs, most = attention_inputs(m, m, 64, m, torch.bfloat16), 512 + m
-        options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
-        yield f"{m} rows", attention.attention_fwd, (*inputs, *options)
-        places = sums_of(m, (most, most), 64, m, torch.bfloat16)
-        given = (inputs[0], *inputs, *options, True, *places)
-        yield f"{m} rows", attention_bwd.attention_bwd, given
+        inputs = attention_inputs(m, m, 64, m, torch.bfloat16)
+        for most in (64 + m, 512 + m):
+            options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
+            yield f"{m} rows", attention.attention_fwd, (*inputs, *options)
+            places = sums_of(m, (most, most), 64, m, torch.bfloat16)
+            given = (inputs[0], *inputs, *options, True, *places)
+            yield f"{m} rows", attention_bwd.attention_bwd, given
         yield f"{m} rows", _reduce.add_segments, segments(m)
         yield from launches_of_adamw(f"{m} rows", 1000 * m)
 

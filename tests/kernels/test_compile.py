@@ -78,6 +78,7 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(results, 
         "embedding_layer_norm_kernel",
         "attention_fwd_kernel",
         "attention_bwd_kernel",
+        "attention_bwd_all_kernel",
         "attention_bwd_kv_kernel",
     }
     for row in rows:
@@ -95,6 +96,6 @@ def test_no_row_count_compiles_a_kernel_again(results):
             *("activation_fwd", "activation_bwd"),
             *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd", "dropout"),
             "embedding_layer_norm",
-            *("attention_fwd", "attention_bwd", "attention_bwd_kv"),
+            *("attention_fwd", "attention_bwd", "attention_bwd_all", "attention_bwd_kv"),
         )
     )

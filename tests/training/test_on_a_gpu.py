@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import bitfit_fast
 from bitfit_fast.encoder.sums import Sums
-from bitfit_fast.kernels import _launch, attention
+from bitfit_fast.kernels import _launch, attention, attention_bwd
 from bitfit_fast.ops import attention as definitions
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 from bitfit_fast.ops.dropout import drawn
@@ -233,7 +233,7 @@ def on_gpu(model):
     with (
         mock.patch.dict(os.environ, {BACKEND_VARIABLE: "auto"}),
         mock.patch.object(attention, "attention_fwd", stands_in.fwd),
-        mock.patch.object(attention, "attention_bwd", stands_in.bwd),
+        mock.patch.object(attention_bwd, "attention_bwd", stands_in.bwd),
         mock.patch.object(_launch, "_multiprocessors", lambda index: 132),
         mock.patch.object(cuda, "mem_get_info", lambda device: (2**30, 2**30)),
         mock.patch.object(cuda, "is_current_stream_capturing", lambda: False),
