@@ -1,7 +1,7 @@
 """Count what a training step does on a GPU: launches, bytes, operations, and what it keeps.
 
     python benchmarks/cost_model.py                  # a table
-    python benchmarks/cost_model.py --compiled --long --output benchmarks/results/cost-model.json
+    python benchmarks/cost_model.py --compiled --fused --long --output FILE   # all there is
 
 The step runs on CPU tensors under a dispatch mode that sees every operation before it runs. What
 takes long is not computed. An operation of `bitfit_fast` counts as what its launcher would

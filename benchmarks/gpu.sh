@@ -5,10 +5,10 @@
 #
 # OUT_DIR is $OUT, or else benchmarks/results. Leaves there seven files, as a machine that is lent
 # may hand out no more than eight: gpu-tests.xml, step-DEVICE.json, step-compiled-DEVICE.json,
-# memory-DEVICE.json, kernels-DEVICE.json, cost-model.json, and gpu.log of all parts. plot.py and
-# plot_step.py draw the results afterwards. Goes on when a part fails, and fails at the end. What
-# matters most comes first, and each part writes what it has so far. Nothing is installed or
-# fetched; without a GPU it runs smaller sizes, and with BITFIT_FAST_QUICK=1 it only shows that
+# memory-DEVICE.json, kernels-DEVICE.json, cost-model-DEVICE.json, and gpu.log of all parts.
+# plot.py and plot_step.py draw the results afterwards. Goes on when a part fails, and fails at the
+# end. What matters most comes first, and each part writes what it has so far. Nothing is installed
+# or fetched; without a GPU it runs smaller sizes, and with BITFIT_FAST_QUICK=1 it only shows that
 # everything works. PYTHON names the interpreter, and BITFIT_FAST_COMMIT the commit where the
 # checkout has no history.
 set -u -o pipefail
@@ -99,7 +99,7 @@ if [ "$out/kernels-$device.json" -nt "$scratch/began" ]; then
         failed+=(table)
 fi
 # which needs no GPU
-part cost-model 20 "$python" benchmarks/cost_model.py --model $model --output "$out/cost-model.json"
+part cost-model 20 "$python" benchmarks/cost_model.py --model $model --output "$out/cost-model-$device.json"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"
     exit 1

@@ -28,7 +28,14 @@ _of_mask = Packing.of_mask
 
 
 def _our_attention(
-    counted: Counted, q: Tensor, k: Tensor, packing: Any, backward: bool, kv: bool, sums: int = 0
+    counted: Counted,
+    q: Tensor,
+    k: Tensor,
+    packing: Any,
+    backward: bool,
+    kv: bool,
+    q_sums: int = 0,
+    v_sums: int = 0,
 ):
     """Count the launches of our attention, with the bytes of partial rows that it writes."""
     whole = q.shape[0] == k.shape[0]
@@ -40,17 +47,18 @@ def _our_attention(
     if not backward:
         counted.note("attention_fwd", Work(1, 2 * of_q + of_kv + offsets, 2 * product))
         return
-    offsets += sums
     sizes = queries, packing.longest, q.shape[2], q.element_size()
     passes = attention_bwd_passes(*sizes, kv)
     one_launch = kv and len(passes) == 1
     one_block = packing.longest <= attention_config(*sizes, passes[0])["BLOCK_N"]
     numbers = 0 if one_launch else 8 * q.shape[0] * q.shape[1]
     products = (3 if one_block else 5) + (2 if one_launch else 0)
-    moved = 3 * of_q + of_kv + (of_kv if one_launch else 0) + numbers + offsets
+    moved = 3 * of_q + of_kv + numbers + offsets + q_sums
+    if one_launch:
+        moved += of_kv + v_sums
     counted.note("attention_bwd", Work(1, moved, products * product))
     if len(passes) == 2:
-        moved = 2 * of_q + 2 * of_kv + numbers + offsets
+        moved = 2 * of_q + 2 * of_kv + numbers + offsets + v_sums
         counted.note("attention_bwd_kv", Work(1, moved, 4 * product))
 
 
@@ -62,8 +70,8 @@ def _stack_attention(mode: Counting) -> tuple[Any, Any]:
         return torch.empty(q.shape, dtype=q.dtype)
 
     def bwd(do, q, k, v, packing, p, seed, bias, needs_kv=True, q_sums=None, v_sums=None):  # type: ignore[no-untyped-def]
-        sums = size(tensors((q_sums, v_sums)))
-        _our_attention(mode.counted, q, k, packing, True, needs_kv, sums)
+        sums = (size(tensors(t)) for t in (q_sums, v_sums))
+        _our_attention(mode.counted, q, k, packing, True, needs_kv, *sums)
         if needs_kv and q.shape[0] == k.shape[0]:
             joined = torch.empty(q.shape[0], 3, *q.shape[1:], dtype=q.dtype)
             return joined[:, 0], joined[:, 1:]

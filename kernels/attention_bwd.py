@@ -4,7 +4,8 @@
     dS = P * (dPd * keep / (1 - p) - delta)
     dq = dS k / sqrt(D),   dk = dS^T q / sqrt(D),   dv = Pd^T do
 
-with what `attention` defines. The softmax is computed again. There are three ways to go:
+with what `attention` defines. The softmax is computed again. There are three ways to go where `k`
+and `v` need gradients:
 
 one block has all queries of a sequence
     A program holds them with their `do`, goes through the keys once for the statistics of its
@@ -16,8 +17,9 @@ neither
     A program for each block of queries leaves the statistics, 8 bytes a row and head, to a second
     launch over blocks of keys.
 
-The first two are one launch, of `7 T H D` elements, the third takes two, of `12 T H D`. Nothing is
-added across programs: no atomics, and the same inputs give the same bits.
+The first two are one launch, of `7 T H D` elements, the third takes two, of `11 T H D`. For `dq`
+alone a launch over blocks of queries moves `5 T H D`. Nothing is added across programs: no atomics,
+and the same inputs give the same bits.
 """
 
 from __future__ import annotations

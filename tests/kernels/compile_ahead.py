@@ -153,7 +153,8 @@ def launches_of_attention():
 def launches_of_layer_norm(name, m, n, usual):
     """Yield a row's kernels: all that can be asked of BERT's, and elsewhere the most and the least.
 
-    The most is dropout with a third sum before a block and without one after it.
+    The most is dropout, before a block with a third sum and without one, which has registers of its
+    own number, and after it without.
     """
     dtype, at, seed = DTYPES[name], f"{name} {m}x{n}", empty(1, dtype=torch.int64)
     a, v, rstd = empty(m, n, dtype=dtype), empty(n), empty(m)
@@ -164,7 +165,7 @@ def launches_of_layer_norm(name, m, n, usual):
         mean, dsum = (rstd, a) if prenorm else (None, None)
         after = (a, mean, rstd, v, dsum, p, seed, dtype, dtype, True, True)
         # dropout takes registers more, with which a third sum shows whether all fit
-        for dgamma in ((False, True) if p else (False,)) if usual else (prenorm,):
+        for dgamma in (False, True) if (p if usual else prenorm) else (False,):
             what = f"layer_norm_bwd {tail} dgamma={dgamma}"
             yield what, layer_norm.layer_norm_bwd, (a, *after, dgamma)
         if name == "bf16" and not prenorm and (m, n) not in ODD:  # the last one of a stack
@@ -188,8 +189,8 @@ def launches(dtypes):
     """Yield a name, a launcher and its arguments for everything that can be launched.
 
     Flags and activations are crossed at BERT's width in bf16. Other dtypes, widths and strides
-    change loads, stores and tiles, not what is between them: there the flags are all on, and all
-    off.
+    change loads, stores and tiles, not what is between them: there the flags are those that ask for
+    the most registers, and for the least.
     """
     seed, offsets = empty(1, dtype=torch.int64), empty(3, dtype=torch.int64)
     # of the dtypes of 16 bits, which differ in their conversions alone, one is everywhere
