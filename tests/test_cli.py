@@ -14,7 +14,7 @@ from bitfit_fast import cli
 from bitfit_fast.training.fast import FastStep
 
 pytestmark = pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
-COMMANDS = ("train", "evaluate", "predict", "inspect", "merge")
+COMMANDS = ("train", "evaluate", "predict", "inspect", "merge", "parity", "study")
 ROWS = [(("the plot was good", "bad")[i % 2], "it is one", i % 2) for i in range(24)]
 
 
