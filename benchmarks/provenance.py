@@ -45,7 +45,7 @@ def command_line() -> str:
     The folder of the data sets goes by the name of its variable.
     """
     script, data = Path(sys.argv[0]), os.environ.get("BITFIT_FAST_DATA")
-    arguments = ["$BITFIT_FAST_DATA" if data and a == data else a for a in sys.argv[1:]]
+    arguments = [a.replace(data, "$BITFIT_FAST_DATA") if data else a for a in sys.argv[1:]]
     return " ".join(["python", f"{script.parent.name}/{script.name}", *arguments])
 
 

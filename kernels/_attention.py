@@ -93,7 +93,9 @@ def kept_tile(
         return tl.full((BLOCK_M, BLOCK_N), True, tl.int1)
 
 
-def attention_config(max_q: int, max_k: int, d: int, itemsize: int, pass_: str) -> dict[str, int]:
+def attention_config(
+    max_q: int, max_k: int, d: int, itemsize: int, pass_: str, has_bias: bool = False
+) -> dict[str, int]:
     """Return the launch configuration of a pass: a block of queries, one of keys, and warps.
 
     Parameters
@@ -107,6 +109,8 @@ def attention_config(max_q: int, max_k: int, d: int, itemsize: int, pass_: str) 
     pass_ : str
         `fwd`, or a launch of the backward pass: `bwd`, `bwd_kv`, the second one, or `bwd_all`,
         of a program that has all keys of a sequence.
+    has_bias : bool
+        Whether a bias is added to the scores.
 
     Raises
     ------
@@ -121,7 +125,8 @@ def attention_config(max_q: int, max_k: int, d: int, itemsize: int, pass_: str) 
         # without tensor cores, whole rows of both factors are in registers
         sizes = (16, 16, 4, 1)
     elif pass_ == "bwd_all":
-        sizes = (32, 128, 8, 2)
+        # where the elements of a bias lie takes the registers of half the queries
+        sizes = (16, 128, 8, 1) if has_bias else (32, 128, 8, 2)
     elif pass_ == "bwd_kv":
         sizes = (64, 32, 8, 2) if block_d <= 64 else (32, 64, 8, 2)
     else:

@@ -457,10 +457,7 @@ def attention_bwd(
     }
     with device_guard(q):
         for pass_ in passes:
-            config = attention_config(*sizes, pass_)
-            if pass_ == "bwd_all" and bias is not None:
-                # where its elements lie takes the registers of half the queries
-                config.update(BLOCK_M=16, num_stages=1)
+            config = attention_config(*sizes, pass_, bias is not None)
             blocks_q, blocks_k = cdiv(max_q, config["BLOCK_M"]), cdiv(max_k, config["BLOCK_N"])
             blocks = 1 if one_launch else blocks_k if pass_ == "bwd_kv" else blocks_q
             grid = sequences, heads, blocks

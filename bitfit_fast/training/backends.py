@@ -15,7 +15,7 @@ from .modules import ModulesBackend
 from .reference import ReferenceBackend
 from .settings import Plan
 
-__all__ = ["BACKENDS", "Backend", "Step", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Step", "check_backend", "choose_backend"]
 
 
 class Step(Protocol):
@@ -82,6 +82,18 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def check_backend(name: str) -> None:
+    """Check that there is a backend of this name.
+
+    Raises
+    ------
+    BitFitError
+        With the valid names.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise BitFitError(f"unknown backend '{name}'; valid ones are auto, {listed(BACKENDS)}")
+
+
 def choose_backend(
     name: str, model: nn.Module, selection: Selection, plan: Plan
 ) -> tuple[Backend, str]:
@@ -93,8 +105,7 @@ def choose_backend(
         For an unknown name, or a backend that refuses the model; says why, and what `auto`
         would do.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise BitFitError(f"unknown backend '{name}'; valid ones are auto, {listed(BACKENDS)}")
+    check_backend(name)
     refusals = {key: b.refusal(model, selection, plan) for key, b in BACKENDS.items()}
     willing = [key for key, refusal in refusals.items() if refusal is None]
     if name == "auto" and willing:
