@@ -86,6 +86,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     axis.plot(x, y, marker="o", markersize=3, **style)
                     axis.vlines(x, low, high, color=COLOURS[variant], alpha=0.35, linewidth=3)
             axis.set_xscale("log", base=2)
+            # of one size alone there would be no limits to find
+            axis.set_xlim(min(tokens) / 1.5, max(tokens) * 1.5)
             axis.set_xticks(tokens, [f"{t // 1024}k" if t >= 1024 else str(t) for t in tokens])
             axis.minorticks_off()
             if not share:
