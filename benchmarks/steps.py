@@ -24,10 +24,10 @@ from torch.nn import functional as F
 import bitfit_fast
 from bitfit_fast.encoder import LENGTHS as TOKENS
 from bitfit_fast.encoder import install
+from bitfit_fast.methods import METHODS
 from bitfit_fast.models.families import biases
 from bitfit_fast.models.loading import DEFAULT_MODEL
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
-from bitfit_fast.selection import METHODS
 from bitfit_fast.training.fast import FastBackend, FastStep
 from bitfit_fast.training.modules import ModulesBackend
 from bitfit_fast.training.reference import ReferenceStep

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -447,10 +446,3 @@ def refuse_choice(method: str, terms: str | Iterable[str], layers: Any) -> None:
     """Refuse a choice of biases for a method that trains something else."""
     if parse_terms(terms) is not None or layers is not None:
         raise BitFitError(f"terms and layers choose biases; method '{method}' does not take them")
-
-
-def __getattr__(name: str) -> Any:
-    """Give the table of methods to those who look for it here, where it once was."""
-    if name in ("METHODS", "Method"):
-        return getattr(importlib.import_module("bitfit_fast.methods"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

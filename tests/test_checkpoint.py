@@ -43,7 +43,7 @@ from bitfit_fast import (
     tensorfile,
     unload,
 )
-from bitfit_fast.selection import METHODS
+from bitfit_fast.methods import METHODS
 from bitfit_fast.tensorfile import write_tensors
 
 LABELS = ["bad", "good"]

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from bitfit_fast import BitFitError, Selection, select
+from bitfit_fast.methods import METHODS
 from bitfit_fast.models.families import PAPER_TERMS
-from bitfit_fast.selection import METHODS, parse_layers, parse_terms
+from bitfit_fast.selection import parse_layers, parse_terms
 
 LARGE = {
     "hidden_size": 1024,

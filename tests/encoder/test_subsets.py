@@ -8,8 +8,8 @@ import torch
 import bitfit_fast
 from bitfit_fast import patch_encoder, select, unpatch
 from bitfit_fast.encoder import backward, install
+from bitfit_fast.methods import METHODS
 from bitfit_fast.models.families import biases
-from bitfit_fast.selection import METHODS
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
 TOKEN = "ForTokenClassification"

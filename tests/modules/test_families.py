@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bitfit_fast import patch, select, unpatch
+from bitfit_fast.methods import METHODS
 from bitfit_fast.models.families import FAMILIES, biases
-from bitfit_fast.selection import METHODS, Selection
+from bitfit_fast.selection import Selection
 
 #: In two layers: LayerNorms with a bias, with a residual too, with the sum of them as an output
 #: beside; activations with a bias.

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrizations
 
-import bitfit_fast
 from bitfit_fast import BitFitError, BitFitWarning, Selection, modules, patch, select, unpatch
+from bitfit_fast.methods import METHODS
 from bitfit_fast.models.families import biases
 
 
@@ -548,7 +548,7 @@ def test_a_patched_model_takes_no_other_selection(build):
     model = build("bert")
     selection = select(model)
     patch(model)
-    for method in bitfit_fast.selection.METHODS.values():
+    for method in METHODS.values():
         with pytest.raises(BitFitError, match="patched; unpatch it before another selection"):
             method.select(model, "all", None, True)
     assert Selection.of(model) == selection

@@ -16,6 +16,7 @@ import bitfit_fast
 from bitfit_fast import Settings, Split, TaskData
 from bitfit_fast.data.batches import subset
 from bitfit_fast.errors import BitFitError
+from bitfit_fast.methods import METHODS
 from bitfit_fast.tensorfile import read_tensors
 from bitfit_fast.training import loop
 from bitfit_fast.training.measure import mean_step_ms
@@ -42,7 +43,7 @@ DATA = task(train=40, validation=12)
 
 def fresh(folder: Path, method: str = "bitfit", seed: int = 0):
     model = bitfit_fast.load_model(str(folder), ["bad", "good"], seed)
-    bitfit_fast.selection.METHODS[method].select(model, "all", None, True)
+    METHODS[method].select(model, "all", None, True)
     return model, bitfit_fast.load_tokenizer(str(folder))
 
 
