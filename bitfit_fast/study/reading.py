@@ -234,6 +234,10 @@ def _distinct(entries: list[Any], items: list[Item]) -> tuple[Any, ...]:
 def _grid(item: Item, above: Mapping[str, Item]) -> Grid:
     """Read a grid; what it does not say is that of the study."""
     own = item.mapping((*_GRID, *_VALUES))
+    either = {"sizes", "time_budget"}
+    if either & own.keys():
+        # what is closest counts, of these two as of one key
+        above = {key: value for key, value in above.items() if key not in either}
     entries = {**above, **own}
     for key in ("tasks", "methods"):
         if key not in entries:

@@ -86,6 +86,15 @@ def test_grids_fall_back_on_the_top(tmp_path):
     assert len(time.methods) == 1
 
 
+def test_sizes_and_a_time_budget_stand_in_for_each_other(tmp_path):
+    grids = "grids: [{title: all}, {sizes: 9}, {time_budget: {seconds: 9}}]\n"
+    found = study(tmp_path, f"tasks: rte\nmethods: full\nsizes: [0.5, 1]\n{grids}")
+    assert [g.sizes for g in found.grids] == [(0.5, 1.0), (9,), (1.0,)]
+    assert [len(g.budgets) for g in found.grids] == [0, 0, 1]
+    with pytest.raises(BitFitError, match="sizes or a time budget, not both"):
+        study(tmp_path, "tasks: rte\nmethods: full\ngrids: [{sizes: 9, time_budget: {shares: 1}}]")
+
+
 def test_environment_variables_are_expanded_in_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_DATA", "/data")
     text = "tasks: rte\nmethods: full\ndata_dir: $SOME_DATA/glue\n"
