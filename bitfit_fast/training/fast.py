@@ -19,15 +19,12 @@ from ..kernels import native
 from ..kinds import KINDS, forward, kind_of
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
-from .fixed import FixedSteps, budgets, check_budget
+from .fixed import LONGEST, FixedSteps, budgets, check_budget
 from .graph import Recorder
 from .heap import keep_freed_memory
 from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
-
-#: Tokens of an example where the plan does not say how many there may be.
-_LONGEST = 512
 
 
 def _free_memory(device: torch.device) -> int | None:
@@ -95,7 +92,7 @@ class FastStep:
     def of_fixed_size(self, record: Recorder | None = None, after: int = 1) -> FixedSteps:
         """Return these steps on packings of a fixed size; parameters as in `FixedSteps`."""
         assert self.encoder is not None
-        longest = self.plan.max_length or _LONGEST
+        longest = self.plan.max_length or LONGEST
         given = self.plan.token_budget or budgets(self.plan.batch_size * longest)
         # what processes send each other, and the update that waits for it, are not captured
         step = self._passed if self.parallel else self._trained

@@ -22,7 +22,10 @@ from ..errors import BitFitError, BitFitWarning, listed
 from ..packing import Budget, FixedPacking, Packing
 from ..transfer import pinned, sent
 
-__all__ = ["CannotCapture", "FixedSteps", "budgets", "check_budget", "token_lengths"]
+__all__ = ["LONGEST", "CannotCapture", "FixedSteps", "budgets", "check_budget", "token_lengths"]
+
+#: Tokens of an example where nothing says how many there may be.
+LONGEST = 512
 
 #: How much larger a budget is than the one below: the most that a batch has computed in vain.
 _RATIO = 1.25

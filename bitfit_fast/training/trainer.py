@@ -29,7 +29,7 @@ from ..encoder import MEMORY, PRECISIONS, encoder_of
 from ..errors import BitFitError, listed
 from ..patching import patch, patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection, select
-from .fixed import budgets, check_budget
+from .fixed import LONGEST, budgets, check_budget
 from .graph import Recorder
 from .in_arena import InArena, OverArena, without_wrapper
 from .obstacles import capture_obstacle, checkpoints, encoder_obstacle, manager
@@ -45,9 +45,6 @@ FILE = "bitfit.safetensors"
 
 #: Options of AdamW that the arena's has too, and those that say only how it is computed.
 _OPTIONS, _HOW = {"lr", "betas", "eps", "weight_decay"}, {"fused", "foreach"}
-
-#: Tokens of an example where the model does not say how many there may be.
-_LONGEST = 512
 
 
 class BitFitTrainer(Trainer):
@@ -342,7 +339,7 @@ class BitFitTrainer(Trainer):
             finally:
                 self.current_gradient_accumulation_steps = count
 
-        longest = getattr(self.model.config, "max_position_embeddings", _LONGEST)
+        longest = getattr(self.model.config, "max_position_embeddings", LONGEST)
         given = self.token_budget or budgets(self._train_batch_size * longest)
         say = partial(self._say, logging.WARNING)
         return Passes(self.model, encoder, arena, run, given, self._record(arena), say=say)
