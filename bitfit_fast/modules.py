@@ -21,7 +21,7 @@ from . import ops
 from .ops.dropout import dropout, new_seed
 from .stand_in import StandIn, materialised
 
-__all__ = ["Deferred", "Dropout", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
+__all__ = ["Deferred", "LayerNorm", "Linear", "activation_name", "drop_in", "original"]
 
 
 class Deferred(StandIn):
@@ -202,18 +202,6 @@ class _DebertaLayerNorm:
 
     def forward(self, x: Any) -> Tensor:
         return _layer_norm(self, x, self.variance_epsilon)  # type: ignore[attr-defined]
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout` that keeps a seed for its backward pass, and no mask."""
-
-    _replaces = nn.Dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x with elements dropped, in training."""
-        if not self.training or not 0 < self.p < 1 or not x.numel():
-            return super().forward(x)
-        return dropout(x, self.p, new_seed(x.device))
 
 
 class _Activation:

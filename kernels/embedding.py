@@ -1,14 +1,14 @@
 """Rows of several tables, their sum and its LayerNorm in one pass: the embeddings of a model.
 
     s[m] = sum over t of tables[t][ids[t][m]]
-    y = (s - mean(s)) * rstd * gamma + beta
+    y = ((s - mean(s)) * rstd * gamma + beta) keep / (1 - p)
 
 Words, positions and token types are the tables of BERT; one to three of them, `[V, N]` in fp32,
 fp16 or bf16. The ids are `[M]` int64; one that its table has no row for gives a row of NaN. fp32
 inside, y in any of these dtypes. Reads `M N` elements of each table, of small ones from the
 cache, and writes `M N`; gathered and added one after the other, and cast behind it, they would be
 read and written three times as often. Nothing is kept: the tables are frozen, and the gradient of
-beta is a sum of dy.
+beta is a sum of dy, over what dropout keeps, which is drawn again from its seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._constants import MOST_TABLES
+from ._constants import MOST_TABLES, threshold
+from ._dropout import kept
 from ._launch import cdiv, device_guard, processors
 from .layer_norm import layer_norm_config
 
@@ -37,7 +38,7 @@ def _row(ids_ptr, table_ptr, V, stride, rows, in_rows, cols, inside):
     return tl.where(there[:, None], found, float("nan"))
 
 
-@triton.jit(do_not_specialize=["M", "V0", "V1", "V2"])
+@triton.jit(do_not_specialize=["M", "V0", "V1", "V2", "threshold"])
 def _embedding_layer_norm_kernel(
     ids0_ptr,  # [M], int64
     ids1_ptr,
@@ -47,6 +48,7 @@ def _embedding_layer_norm_kernel(
     table2_ptr,
     gamma_ptr,  # [N]
     beta_ptr,  # [N]
+    seed_ptr,  # [1], int64
     y_ptr,  # [M, N], contiguous
     M,
     N,
@@ -56,9 +58,12 @@ def _embedding_layer_norm_kernel(
     stride0,
     stride1,
     stride2,
+    threshold,
+    scale,
     eps,
     TABLES: tl.constexpr,
     HAS_BETA: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -79,6 +84,8 @@ def _embedding_layer_norm_kernel(
     y *= tl.load(gamma_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if HAS_BETA:
         y += tl.load(beta_ptr + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if HAS_DROPOUT:
+        y = tl.where(kept(seed_ptr, rows, 0, threshold, BLOCK_N), y * scale, 0.0)
     to = rows[:, None] * N + cols.to(tl.int64)[None, :]
     tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -88,10 +95,12 @@ def embedding_layer_norm(
     beta: Tensor | None,
     ids: Sequence[Tensor],
     tables: Sequence[Tensor],
+    p: float,
+    seed: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Add rows of tables, and normalise the sums.
+    """Add rows of tables, normalise the sums, and drop out.
 
     Parameters
     ----------
@@ -101,6 +110,10 @@ def embedding_layer_norm(
         `[M]` int64, contiguous, of each table; no more than `MOST_TABLES`.
     tables : sequence of Tensor
         `[V, N]`, fp32, fp16 or bf16, with contiguous rows.
+    p : float
+        Probability of dropping an element, below 1.
+    seed : Tensor or None
+        `[1]` int64 on the device of the tables; needed with `p > 0`.
     eps : float
         Added to the variance.
     dtype : torch.dtype
@@ -124,14 +137,18 @@ def embedding_layer_norm(
                 *(tables[i] for i in some),
                 gamma,
                 gamma if beta is None else beta,
+                gamma if seed is None else seed,
                 y,
                 rows,
                 columns,
                 *(len(tables[i]) for i in some),
                 *(tables[i].stride(0) for i in some),
+                threshold(p),
+                1 / (1 - p),
                 eps,
                 TABLES=len(tables),
                 HAS_BETA=beta is not None,
+                HAS_DROPOUT=p > 0,
                 **config,
             )
     return y

@@ -109,6 +109,8 @@ def test_the_memory_modes_need_the_shares_of_the_peak_that_they_promise(size, dr
         n: peak[n] / peak["reference"] for n, s in shares.items() if peak[n] > s * peak["reference"]
     }
     assert not above
+    if dropout == "0.1" and size == ("64", "16"):
+        assert found["fast"]["launches"] <= 223
     # all that is kept is there at once, and the reference's copies of its weights
     for name, row in found.items():
         tokens = int(size[0]) * int(size[1])

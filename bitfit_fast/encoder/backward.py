@@ -14,7 +14,7 @@ from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_bwd
 from ..ops.partial import activation_bwd_partial_, column_sum_partial, layer_norm_bwd_partial
 from .attention import attention_bwd, attention_sums, joined
-from .depth import END, ENTRY, INNER, MIDDLE, QKV, lowest, place
+from .depth import END, ENTRY, INNER, INPUT, MIDDLE, QKV, lowest, place
 from .forward import apart, chunks, norms, project
 from .gradients import Gradients
 from .product import Product
@@ -64,14 +64,14 @@ class BackwardPass:
                     return None
                 dy, residual = below
                 continue
-            left = self._leave(layer.end, dy, residual, 3 * number + 2, place(number, END))
+            left = self._leave(layer.end, dy, residual, place(number, END))
             if left is None:
                 return None
             residual, dz = left
             inner = self._feed_forward_bwd(layer, number, dz, residual)
             if inner is None:
                 return None
-            left = self._leave(layer.middle, inner, residual, 3 * number + 1, place(number, MIDDLE))
+            left = self._leave(layer.middle, inner, residual, place(number, MIDDLE))
             if left is None:
                 return None
             residual, dz = left
@@ -87,12 +87,12 @@ class BackwardPass:
 
     def _sum_input(self, dy: Tensor) -> None:
         """Sum up the gradient of the input, for the embeddings' bias."""
-        gradients = self.gradients
+        gradients, (p, seed) = self.gradients, self.run.drop(INPUT)
         if gradients.defers:
-            index = gradients.embedding_index
-            column_sum_partial(dy, gradients.partial([index], column_rows(dy), dy.shape[1]))
+            partial = gradients.partial([gradients.embedding_index], column_rows(dy), dy.shape[1])
+            column_sum_partial(dy, p, seed, partial)
         else:
-            gradients.note_embedding_beta(bias_gradient(dy))
+            gradients.note_embedding_beta(column_sum(dy, None, p, seed))
 
     def _end_bwd(self, number: int, dy: Tensor, weights: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Return the gradients of the layer's input and of what attention's heads gave."""
@@ -126,13 +126,13 @@ class BackwardPass:
         return dx
 
     def _leave(
-        self, junction: Junction, dy: Tensor, residual: Tensor | None, number: int, at: int
+        self, junction: Junction, dy: Tensor, residual: Tensor | None, at: int
     ) -> tuple[Tensor, Tensor] | None:
         """Return the gradients of the residual and of the sublayer's output.
 
         None where nothing below the junction, which is at this place, needs them.
         """
-        p, seed = self.run.drop(number)
+        p, seed = self.run.drop(at)
         needs_bias = self.gradients.needed(junction.bias)
         if junction.gamma is None:
             ds = dy if residual is None else dy + residual
@@ -227,13 +227,13 @@ class BackwardPass:
         ends = by_identity or place(number, QKV) <= self.lowest
         # at the bottom the value bias's gradient can do without those of keys and values, as
         # the probabilities of a query add up to 1 where none is dropped
-        dropped = self.run.dropouts[3 * number] > 0
+        dropout = self.run.drop(place(number, QKV))
+        dropped = dropout[0] > 0
         needs_v = by_identity or self.gradients.needed(at + VALUE)
         needs_kv = not ends or (dropped and needs_v)
         q, k, v = apart(self.stack, projected)
         given = (
-            do.view(q.shape), q, k, v, self.run.packing, *self.run.drop(3 * number),
-            self.run.score_bias, needs_kv,
+            do.view(q.shape), q, k, v, self.run.packing, *dropout, self.run.score_bias, needs_kv,
         )  # fmt: skip
         if self.gradients.defers and not by_identity and needs_kv:
             dq, dkv = attention_bwd(*given, *self._take_qv(number, q, k))
@@ -258,7 +258,7 @@ class BackwardPass:
 
     def _by_identity(self, do: Tensor) -> bool:
         """Return whether the embeddings' bias goes without the gradient of the layers' input."""
-        if self.gradients.embedding_beta is None or self.needs_input:
+        if self.gradients.embedding_beta is None or self.needs_input or self.run.dropouts[INPUT]:
             return False
         return not self.gradients.defers or len(do) >= _MANY_ROWS
 

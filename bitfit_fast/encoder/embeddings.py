@@ -5,6 +5,7 @@ Rows wait for the LayerNorm behind them, which reads and adds them itself.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,43 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..kernels._constants import MOST_TABLES
-from ..modules import Dropout, LayerNorm, original
+from ..modules import LayerNorm, original
+from ..ops.dropout import dropout, new_seed
 from ..ops.embedding import embedding_layer_norm, gathers
 from ..stand_in import StandIn
 from .parts import hooked
 
-__all__ = ["Embedding", "Gathered", "put_drop_ins", "take_drop_ins", "waiting_tables"]
+__all__ = [
+    "Dropout",
+    "Embedding",
+    "Gathered",
+    "Onward",
+    "put_drop_ins",
+    "take_drop_ins",
+    "waiting_tables",
+]
+
+
+@dataclass
+class Onward:
+    """What comes behind the LayerNorm of the embeddings, in one batch.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        In which what follows takes the normalised sum.
+    p : float
+        Probability with which the dropout behind it drops an element.
+    seed : Tensor or None
+        Of that dropout.
+    dropped : bool
+        Whether the LayerNorm took that dropout along.
+    """
+
+    dtype: torch.dtype
+    p: float = 0.0
+    seed: Tensor | None = None
+    dropped: bool = False
 
 
 class Gathered(StandIn):
@@ -30,12 +62,12 @@ class Gathered(StandIn):
         int64, of one shape.
     tables : list of Tensor
         `[V, N]`, frozen, one for each of `ids`.
-    dtype : torch.dtype
-        In which what follows takes the normalised sum.
+    onward : Onward
+        What comes behind its LayerNorm.
     """
 
-    def __init__(self, ids: list[Tensor], tables: list[Tensor], dtype: torch.dtype) -> None:
-        self._ids, self._tables, self._dtype = ids, tables, dtype
+    def __init__(self, ids: list[Tensor], tables: list[Tensor], onward: Onward) -> None:
+        self._ids, self._tables, self._onward = ids, tables, onward
         self._tensor: Tensor | None = None
 
     def tensor(self) -> Tensor:
@@ -48,10 +80,13 @@ class Gathered(StandIn):
     def normalised(
         self, gamma: Tensor, beta: Tensor | None, eps: float, used_again: bool
     ) -> Tensor:
-        """Return its LayerNorm in one pass."""
+        """Return its LayerNorm, with the dropout behind it, in one pass."""
         if self._tensor is not None or used_again or gamma.requires_grad:
             return ops.layer_norm(self.tensor(), gamma, beta, eps)
-        return embedding_layer_norm(self._ids, self._tables, gamma, beta, eps, self._dtype)
+        to = self._onward
+        to.dropped = True
+        given = self._ids, self._tables, gamma, beta, to.p, to.seed, eps, to.dtype
+        return embedding_layer_norm(*given)
 
     @property
     def shape(self) -> torch.Size:
@@ -67,7 +102,7 @@ class Gathered(StandIn):
             and len(self._ids) + len(other._ids) <= MOST_TABLES
         ):
             ids, tables = self._ids + other._ids, self._tables + other._tables
-            return Gathered(ids, tables, self._dtype)
+            return Gathered(ids, tables, self._onward)
         return super()._plus(other)
 
 
@@ -75,20 +110,37 @@ class Embedding(nn.Embedding):
     """`nn.Embedding` that leaves its rows to a LayerNorm, where that is told to take them."""
 
     _replaces = nn.Embedding
-    #: The dtype in which what follows takes the normalised sum; None where it takes tensors.
-    _goes_on_in: torch.dtype | None = None
+    #: What comes behind the LayerNorm of these rows; None where they do not wait for it.
+    _onward: Onward | None = None
 
     def forward(self, input: Tensor) -> Any:
         """Return rows of the table, or a `Gathered`."""
         if (
-            self._goes_on_in is None
+            self._onward is None
             or self.weight.requires_grad
             or self.max_norm is not None
             or input.dtype != torch.int64
             or not input.numel()
         ):
             return super().forward(input)
-        return Gathered([input], [self.weight], self._goes_on_in)
+        return Gathered([input], [self.weight], self._onward)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps a seed for its backward pass, and no mask."""
+
+    _replaces = nn.Dropout
+    #: Where its seed is, and whether elements are dropped already; None draws a seed.
+    _onward: Onward | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with elements dropped, in training."""
+        if not self.training or not 0 < self.p < 1 or not x.numel():
+            return super().forward(x)
+        onward = self._onward
+        if onward is None or onward.seed is None:
+            return dropout(x, self.p, new_seed(x.device))
+        return x if onward.dropped else dropout(x, onward.p, onward.seed)
 
 
 #: What takes the place of modules of the embeddings.

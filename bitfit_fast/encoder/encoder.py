@@ -17,8 +17,11 @@ from ..errors import BitFitError
 from ..models.families import StackRow
 from ..modules import LayerNorm
 from ..packing import Packing
-from .embeddings import waiting_tables
+from .depth import INPUT
+from .embeddings import Dropout, Onward, waiting_tables
 from .operation import run_stack
+from .parts import hooked
+from .run import dropouts, new_seeds, seed_at
 from .stack import Rate, Stack
 from .weights import Weights
 
@@ -53,7 +56,7 @@ class Encoder:
         Whether there is a projection between embeddings and layers.
     reads_padding : bool
         Whether the head looks at tokens of padding, which then are computed, too.
-    packing, beta
+    packing, beta, seeds, dropped
         Of the batch that is running.
     dtype : torch.dtype, optional
         Of the embeddings of that batch, which the model goes on with behind the layers, where
@@ -76,6 +79,8 @@ class Encoder:
     reads_padding: bool = False
     packing: Packing | None = None
     beta: nn.Parameter | None = None
+    seeds: Tensor | None = None
+    dropped: float = 0.0
     dtype: torch.dtype | None = None
     fixed: tuple[Packing, dict[str, Tensor]] | None = None
 
@@ -92,8 +97,9 @@ class Encoder:
         if arena is None:
             self.sinks = None
             return
+        straight = {n for n, p in arena.parameters.items() if not _hooked(p)}
         self.sinks = [
-            None if name not in arena.slices else arena.view(name, arena.gradients)
+            None if name is None or name not in straight else arena.view(name, arena.gradients)
             for name in (*self.names, self.embedding_name)
         ]
 
@@ -106,23 +112,35 @@ class Encoder:
     def running(self, packing: Packing) -> Iterator[None]:
         """Let the layers run as the stack, on a batch packed like this."""
         self.weights.check()
-        norm, tables = self._embedding_norm(), waiting_tables(self.embeddings)
-        self.packing, self.beta = packing, None if norm is None else norm.bias
+        dropout, p = self._dropout()
+        if p or any(dropouts(self.stack)):
+            self.seeds = new_seeds(self.stack, packing.device)
+        own = type(dropout) is Dropout and not hooked(dropout)
+        knows = own or not p
+        norm, tables = self._embedding_norm() if knows else None, waiting_tables(self.embeddings)
+        onward = Onward(self.stack.dtype)
+        told: list[tuple[Any, str, Any]] = [(table, "_onward", onward) for table in tables]
+        if own and p and self.seeds is not None:
+            onward.p, onward.seed = p, seed_at(self.seeds, INPUT)
+            told.append((dropout, "_onward", onward))
+        if tables:
+            self.dtype = tables[0].weight.dtype
+            if self.projects or not knows:
+                # what is between the LayerNorm and the layers has the model's dtype
+                onward.dtype = self.dtype
         if norm is not None:
-            norm._leaves_bias = True
-        for table in tables:
-            self.dtype = table.weight.dtype
-            # what is between the LayerNorm and the layers has the model's dtype
-            between = self.projects or self._drops()
-            table._goes_on_in = self.dtype if between else self.stack.dtype
+            self.beta, self.dropped = norm.bias, onward.p
+            told.append((norm, "_leaves_bias", True))
+        self.packing = packing
+        for module, name, value in told:
+            setattr(module, name, value)
         try:
             yield
         finally:
-            self.packing = self.beta = self.dtype = None
-            if norm is not None:
-                del norm._leaves_bias
-            for table in tables:
-                del table._goes_on_in
+            self.packing = self.beta = self.seeds = self.dtype = None
+            self.dropped = 0.0
+            for module, name, _ in told:
+                delattr(module, name)
 
     @contextlib.contextmanager
     def given(self, packing: Packing, inputs: dict[str, Tensor]) -> Iterator[None]:
@@ -142,21 +160,19 @@ class Encoder:
         return real.cumsum(1) * real + padding
 
     def _embedding_norm(self) -> Any:
-        """Return the LayerNorm that the stack's input is the output of, if its bias trains.
+        """Return the LayerNorm that the stack's input comes from, if its bias trains.
 
-        The stack computes that bias's gradient without the gradient of its input.
+        The stack computes that bias's gradient, through a dropout that it knows.
         """
         norm = getattr(self.embeddings, "LayerNorm", None)
-        if type(norm) is not LayerNorm or self.projects or norm.bias is None:
+        if type(norm) is not LayerNorm or hooked(norm) or self.projects or norm.bias is None:
             return None
-        if not norm.bias.requires_grad or self._drops() or not torch.is_grad_enabled():
-            return None
-        return norm
+        return norm if norm.bias.requires_grad and torch.is_grad_enabled() else None
 
-    def _drops(self) -> bool:
-        """Return whether elements of the embeddings are dropped."""
+    def _dropout(self) -> tuple[Any, float]:
+        """Return the dropout at the end of the embeddings, and its probability now."""
         dropout = getattr(self.embeddings, "dropout", None)
-        return dropout is not None and Rate(dropout, "p")() > 0
+        return dropout, 0.0 if dropout is None else Rate(dropout, "p")()
 
     def run(self, module: Any, hidden: Tensor) -> Tensor:
         """Run the stack on `[1, T, d]` packed or `[B, S, d]` unpadded embeddings."""
@@ -175,6 +191,13 @@ class Encoder:
                 )
         rows, dtype = hidden.flatten(0, 1), self.dtype or hidden.dtype
         overwrites, self.overwrites = self.overwrites, False
-        given = (rows, self.biases, packing, bias, self.beta, self.sinks, dtype, overwrites)
-        y = run_stack(self.stack, *given)
+        y = run_stack(
+            self.stack, rows, self.biases, packing, bias, self.beta, self.sinks, dtype,
+            overwrites, self.seeds, self.dropped,
+        )  # fmt: skip
         return y[:, None] if self.stack.first_only else packing.pad(y)
+
+
+def _hooked(parameter: nn.Parameter) -> bool:
+    """Return whether somebody waits for autograd to bring a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

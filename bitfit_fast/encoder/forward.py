@@ -14,6 +14,7 @@ from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_fwd
 from . import sums
 from .attention import attention_fwd
+from .depth import END, MIDDLE, QKV, place
 from .run import Run
 from .stack import ROLES, UP, Junction, Stack
 
@@ -57,11 +58,11 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
             continue
         z = layer.out(o)
         del o  # which would lie there as long as the feed-forward block runs
-        y, residual = _join(run, layer.middle, z, residual, 3 * number + 1, z.dtype)
+        y, residual = _join(run, layer.middle, z, residual, place(number, MIDDLE), z.dtype)
         z = _feed_forward(run, number, y)
         run.casts = number == last and layer.end.gamma is not None and sums.defers(z)
         dtype = run.dtype if run.casts else z.dtype
-        y, residual = _join(run, layer.end, z, residual, 3 * number + 2, dtype)
+        y, residual = _join(run, layer.end, z, residual, place(number, END), dtype)
     return y
 
 
@@ -80,7 +81,8 @@ def _attention(run: Run, number: int, x: Tensor, rows: Tensor | None) -> Tensor:
     if run.stack.memory != "lowest":
         run.keep(*projected)
     q, k, v = apart(run.stack, projected)
-    o = attention_fwd(q, k, v, run.packing, *run.drop(3 * number), run.score_bias)
+    dropout = run.drop(place(number, QKV))
+    o = attention_fwd(q, k, v, run.packing, *dropout, run.score_bias)
     return o.flatten(1)
 
 
@@ -96,10 +98,13 @@ def _end(run: Run, number: int, o: Tensor, x: Tensor, weights: tuple[Any, ...]) 
 
 
 def _join(
-    run: Run, junction: Junction, z: Tensor, residual: Tensor, number: int, dtype: torch.dtype
+    run: Run, junction: Junction, z: Tensor, residual: Tensor, at: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return what the next sublayer takes, in some dtype, and the residual that goes on."""
-    p, seed = run.drop(number)
+    """Return what the next sublayer takes, in some dtype, and the residual that goes on.
+
+    The junction is at this place.
+    """
+    p, seed = run.drop(at)
     pre_norm = run.stack.pre_norm
     b = run.bias(junction.bias)
     if junction.gamma is None:
@@ -157,12 +162,13 @@ def apart(stack: Stack, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, 
 def norms(run: Run, number: int) -> tuple[Norm, Norm]:
     """Return what one call for a layer's end is told of its two junctions."""
 
-    def norm(at: Junction, number: int) -> Norm:
-        assert at.gamma is not None
-        return Norm(at.gamma, run.bias(at.beta), run.bias(at.bias), at.eps, *run.drop(number))
+    def norm(junction: Junction, part: int) -> Norm:
+        assert junction.gamma is not None
+        beta, bias = run.bias(junction.beta), run.bias(junction.bias)
+        return Norm(junction.gamma, beta, bias, junction.eps, *run.drop(place(number, part)))
 
     layer = run.stack.layers[number]
-    return norm(layer.middle, 3 * number + 1), norm(layer.end, 3 * number + 2)
+    return norm(layer.middle, MIDDLE), norm(layer.end, END)
 
 
 def chunks(rows: Tensor) -> Iterator[slice]:

@@ -32,6 +32,8 @@ def run_stack(
     sinks: Sequence[Tensor | None] | None = None,
     dtype: torch.dtype | None = None,
     overwrites: bool = False,
+    seeds: Tensor | None = None,
+    dropped: float = 0.0,
 ) -> Tensor:
     """Run all layers.
 
@@ -49,7 +51,8 @@ def run_stack(
         `[H, S, S]`, added to the scores of attention.
     embedding_beta : Tensor, optional
         The bias of a LayerNorm that `x` is the output of, which needs no gradient then.
-        It is computed from those of q, k and v without the gradient of `x`.
+        It is computed from those of q, k and v without the gradient of `x`, where nothing
+        was dropped.
     sinks : sequence of Tensor, optional
         Where the gradient of each bias is added, instead of being handed to autograd;
         None for those that do not train. With one more, where that of `embedding_beta` is
@@ -58,6 +61,10 @@ def run_stack(
         Of the output; by default that of `x`.
     overwrites : bool
         Whether gradients take the place of what is in the sinks.
+    seeds : Tensor, optional
+        Of all dropouts; by default they are drawn.
+    dropped : float
+        Probability with which a dropout behind that LayerNorm dropped elements.
 
     Returns
     -------
@@ -65,7 +72,7 @@ def run_stack(
         `[T, d]`, or `[B, d]` with `first_only`. It cannot be differentiated twice.
     """
     grad, dtype = torch.is_grad_enabled(), dtype or x.dtype
-    given = stack, packing, score_bias, sinks, dtype, overwrites, grad
+    given = stack, packing, score_bias, sinks, dtype, overwrites, grad, seeds, dropped
     with torch.autocast(x.device.type, enabled=False):
         return _Layers.apply(given, x, embedding_beta, *biases)
 
@@ -79,9 +86,9 @@ class _Layers(torch.autograd.Function):
         embedding_beta: Tensor | None,
         *biases: Tensor | None,
     ) -> Tensor:
-        stack, packing, score_bias, sinks, dtype, overwrites, grad = given
+        stack, packing, score_bias, sinks, dtype, overwrites, grad, seeds, dropped = given
         keeps = grad and any(ctx.needs_input_grad)
-        run = Run(stack, packing, score_bias, biases, dtype, keeps)
+        run = Run(stack, packing, score_bias, biases, dtype, keeps, seeds, dropped)
         out = forward_pass(run, x.to(stack.dtype))
         if keeps:
             ctx.run, ctx.dtype, ctx.embedding_beta = run, x.dtype, embedding_beta

@@ -11,12 +11,46 @@ from torch import Tensor
 from ..ops.dropout import new_seed
 from ..packing import Packing
 from . import sums
+from .depth import END, INPUT, MIDDLE, QKV, place
 from .stack import KEY, QUERY, ROLES, VALUE, Stack
 
-__all__ = ["SEEDS_APART", "Run"]
+__all__ = ["SEEDS_APART", "Run", "dropouts", "new_seeds", "seed_at"]
 
 #: Seeds of one forward pass are so far apart that no two masks share a row.
 SEEDS_APART = 2**40
+
+
+def dropouts(stack: Stack) -> list[float]:
+    """Return the probability with which elements are dropped, by place.
+
+    Those of attention's probabilities are at the place of its q, k and v.
+    """
+    rates = [0.0] * place(len(stack.layers), 0)
+    for number, layer in enumerate(stack.layers):
+        owners = ((QKV, layer.dropout), (MIDDLE, layer.middle.dropout), (END, layer.end.dropout))
+        for part, rate in owners:
+            rates[place(number, part)] = 0.0 if rate is None else rate()
+    return rates
+
+
+def new_seeds(stack: Stack, device: torch.device) -> Tensor:
+    """Draw the seeds of a forward pass from the device's default generator.
+
+    Returns
+    -------
+    Tensor
+        int64, one for each place. Each is there twice, so that all begin at 16 bytes: kernels
+        compile for what does, or does not.
+    """
+    if stack.apart is None or stack.apart.device != device:
+        places = torch.arange(place(len(stack.layers), 0), device=device)
+        stack.apart = SEEDS_APART * places.repeat_interleave(2)
+    return new_seed(device) + stack.apart
+
+
+def seed_at(seeds: Tensor, at: int) -> Tensor:
+    """Return the seed of a place, `[1]`, of what `new_seeds` drew."""
+    return seeds[2 * at : 2 * at + 1]
 
 
 class Run:
@@ -36,6 +70,10 @@ class Run:
         Of the output.
     keeps : bool
         Whether there may be a backward pass.
+    seeds : Tensor, optional
+        Of the dropouts, as `new_seeds` draws them; by default they are drawn.
+    dropped : float
+        Probability with which elements of the input were dropped already.
     """
 
     def __init__(
@@ -46,6 +84,8 @@ class Run:
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         keeps: bool,
+        seeds: Tensor | None = None,
+        dropped: float = 0.0,
     ) -> None:
         self.stack, self.packing, self.score_bias = stack, packing, score_bias
         self.biases, self.dtype, self.keeps = biases, dtype, keeps
@@ -53,25 +93,18 @@ class Run:
         self.kept: list[Tensor | None] = []
         #: Whether the last LayerNorm casts to the output's dtype, and from it
         self.casts = False
-        #: The probability of each dropout: attention's and both junctions' a layer
-        self.dropouts = [
-            0.0 if rate is None else rate()
-            for layer in stack.layers
-            for rate in (layer.dropout, layer.middle.dropout, layer.end.dropout)
-        ]
-        self._seeds: Tensor | None = None
-        if any(self.dropouts):
-            count = len(self.dropouts)
-            device = packing.device
-            # each twice, so that all begin at 16 bytes: kernels compile for what is so, or not
-            number = torch.arange(2 * count, device=device) // 2
-            self._seeds = new_seed(device) + SEEDS_APART * number
+        #: The probability of each dropout, by place
+        self.dropouts = dropouts(stack)
+        self.dropouts[INPUT] = dropped
+        if seeds is None and any(self.dropouts):
+            seeds = new_seeds(stack, packing.device)
+        self._seeds = seeds
         self._joined: Tensor | None = None
 
-    def drop(self, number: int) -> tuple[float, Tensor | None]:
-        """Return probability and seed of a dropout: three a layer, as in `dropouts`."""
-        p, seeds = self.dropouts[number], self._seeds
-        return p, None if not p or seeds is None else seeds[2 * number : 2 * number + 1]
+    def drop(self, at: int) -> tuple[float, Tensor | None]:
+        """Return probability and seed of the dropout at a place."""
+        p, seeds = self.dropouts[at], self._seeds
+        return p, None if not p or seeds is None else seed_at(seeds, at)
 
     def bias(self, index: int | None) -> Tensor | None:
         """Return a bias, if there is one."""

@@ -20,7 +20,7 @@ feed-forward block of 4 d and 16 bits a number:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -146,6 +146,9 @@ class Stack:
         Whether the last layer computes only the rows of first tokens, all that the head reads.
     stops : bool
         Whether the backward pass ends at the lowest parameter that trains.
+    apart : Tensor, optional
+        How far the seeds of a forward pass lie from the first, once one was drawn; see
+        `run.new_seeds`.
     """
 
     layers: list[Layer]
@@ -156,6 +159,7 @@ class Stack:
     memory: str = "fast"
     first_only: bool = False
     stops: bool = True
+    apart: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def width(self) -> int:

@@ -1,8 +1,8 @@
 """The embeddings of a model in one pass: rows of frozen tables, their sum, its LayerNorm.
 
-    y = LayerNorm(sum over t of tables[t][ids[t]])
+    y = dropout(LayerNorm(sum over t of tables[t][ids[t]]))
 
-Only the LayerNorm's bias can train; its gradient is a sum of that of y.
+Only the LayerNorm's bias can train; its gradient is a sum of that of y, over what is kept of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from ..kernels._constants import MAX_COLUMNS
 from ._autograd import as_rows, contiguous, once, operation, shaped
 from ._backend import uses_triton
-from .column_sum import bias_gradient
+from .column_sum import column_sum
+from .dropout import drawn
 
 __all__ = ["embedding_layer_norm", "gathers"]
 
@@ -32,6 +33,8 @@ def definition(
     beta: Tensor | None,
     ids: Sequence[Tensor],
     tables: Sequence[Tensor],
+    p: float,
+    keep: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -42,26 +45,29 @@ def definition(
     for part in parts[1:]:
         total = total + part
     beta = None if beta is None else beta.to(wide)
-    return F.layer_norm(total, total.shape[-1:], gamma.to(wide), beta, eps).to(dtype)
+    y = F.layer_norm(total, total.shape[-1:], gamma.to(wide), beta, eps)
+    return (y if keep is None else torch.where(keep, y / (1 - p), 0)).to(dtype)
 
 
 @operation(
     "embedding_layer_norm",
-    "(Tensor gamma, Tensor? beta, Tensor[] ids, Tensor[] tables, float eps, ScalarType dtype) "
-    "-> Tensor",
+    "(Tensor gamma, Tensor? beta, Tensor[] ids, Tensor[] tables, float p, Tensor? seed, "
+    "float eps, ScalarType dtype) -> Tensor",
 )
-def _embedding_layer_norm(gamma, beta, ids, tables, eps, dtype):
+def _embedding_layer_norm(gamma, beta, ids, tables, p, seed, eps, dtype):
     gamma, beta = contiguous(gamma, beta)
     if uses_triton(tables[0], dtype, most=MAX_COLUMNS):
         from ..kernels import embedding as kernel
 
         tables = [t if t.stride(1) == 1 else t.contiguous() for t in tables]
-        return kernel.embedding_layer_norm(gamma, beta, contiguous(*ids), tables, eps, dtype)
-    return definition(gamma, beta, ids, tables, eps, dtype).contiguous()
+        given = (gamma, beta, contiguous(*ids), tables, p, seed, eps, dtype)
+        return kernel.embedding_layer_norm(*given)
+    keep = drawn(ids[0].shape[0], tables[0].shape[1], p, seed)
+    return definition(gamma, beta, ids, tables, p, keep, eps, dtype).contiguous()
 
 
 @_embedding_layer_norm.register_fake
-def _(gamma, beta, ids, tables, eps, dtype):
+def _(gamma, beta, ids, tables, p, seed, eps, dtype):
     return tables[0].new_empty(ids[0].shape[0], tables[0].shape[1], dtype=dtype)
 
 
@@ -73,17 +79,22 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         beta: Tensor | None,
         ids: Sequence[Tensor],
         tables: Sequence[Tensor],
+        p: float,
+        seed: Tensor | None,
         eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
         flat = [index.reshape(-1) for index in ids]
-        y = _embedding_layer_norm(gamma, beta, flat, tables, eps, dtype)
+        y = _embedding_layer_norm(gamma, beta, flat, tables, p, seed, eps, dtype)
+        ctx.p = p
+        ctx.save_for_backward(seed)
         return shaped(y, torch.Size((*ids[0].shape, y.shape[1])))
 
     @staticmethod
     @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, bias_gradient(as_rows(dy)), None, None, None, None)
+        dbeta = column_sum(as_rows(dy), None, ctx.p, *ctx.saved_tensors)
+        return (None, dbeta, *[None] * 6)
 
 
 def embedding_layer_norm(
@@ -91,10 +102,12 @@ def embedding_layer_norm(
     tables: Sequence[Tensor],
     gamma: Tensor,
     beta: Tensor | None,
+    p: float,
+    seed: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Add rows of frozen tables, and normalise the sums; only `beta` gets a gradient.
+    """Add rows of frozen tables, normalise the sums, and drop out; only `beta` gets a gradient.
 
     Parameters
     ----------
@@ -104,6 +117,10 @@ def embedding_layer_norm(
         `[V, N]`, floating point.
     gamma, beta : Tensor
         `[N]`; beta may be None.
+    p : float
+        Probability of dropping an element, below 1.
+    seed : Tensor or None
+        `[1]` int64 on the tables' device; needed with `p > 0`.
     eps : float
         Added to the variance.
     dtype : torch.dtype
@@ -114,4 +131,4 @@ def embedding_layer_norm(
     Tensor
         `[..., N]`. It cannot be differentiated twice.
     """
-    return _EmbeddingLayerNorm.apply(gamma, beta, ids, tables, eps, dtype)
+    return _EmbeddingLayerNorm.apply(gamma, beta, ids, tables, p, seed, eps, dtype)

@@ -87,21 +87,22 @@ def _(dh, kept, b, act, partial):
 
 @operation(
     "column_sum_partial",
-    "(Tensor dy, Tensor(a!) partial) -> ()",
+    "(Tensor dy, float p, Tensor? seed, Tensor(a!) partial) -> ()",
     writes=("partial",),
 )
-def column_sum_partial(dy, partial):
+def column_sum_partial(dy, p, seed, partial):
     """Do what `column_sum` does, with the sum in partial rows `[1, P, N]`."""
     if uses_triton(dy):
         from ..kernels import column_sum as kernel
 
-        kernel.column_sum(dy, partial=partial)
+        kernel.column_sum(dy, None, p, seed, partial)
         return
-    _as_first(column_sum_definition(dy)[None], partial)
+    keep = drawn(dy.shape[0], dy.shape[1], p, seed)
+    _as_first(column_sum_definition(dy, None, p, keep)[None], partial)
 
 
 @column_sum_partial.register_fake
-def _(dy, partial):
+def _(dy, p, seed, partial):
     return None
 
 

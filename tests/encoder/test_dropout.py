@@ -7,31 +7,31 @@ import torch
 from torch.nn import functional as F
 
 from bitfit_fast import patch_encoder, select
+from bitfit_fast.encoder.depth import END, INPUT, MIDDLE, QKV, place
 from bitfit_fast.encoder.run import SEEDS_APART, Run
 from bitfit_fast.ops.dropout import kept, new_seed
 from bitfit_fast.packing import Packing
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
-#: Which dropouts of a layer a family has, as they come: attention's, behind it, at the end.
-PLACES = {"bert": (0, 1, 2), "distilbert": (0, 2), "vit": (0, 1, 2)}
+#: Which dropouts of a layer a family has, as they come.
+PLACES = {"bert": (QKV, MIDDLE, END), "distilbert": (QKV, END), "vit": (QKV, MIDDLE, END)}
 LAYERS = 3
 
 
 class Masks:
     """Stands in for `F.dropout` in a padded model with eager attention.
 
-    The dropouts of embeddings and layers get the masks of a packed, patched one. All others
-    are PyTorch's.
+    The dropouts of embeddings and layers get the masks of a packed, patched one, by their place.
+    All others are PyTorch's.
     """
 
     def __init__(self, packing, first_only, slots):
         self.packing, self.first_only = packing, first_only
         self.slots, self.base, self.pytorch = iter(slots), None, F.dropout
 
-    def rows(self, number):
-        """Return the packed rows of a layer's dropout, and their places in the padded batch."""
-        last = number is not None and number // 3 == LAYERS - 1
-        if self.first_only and last:
+    def rows(self, at):
+        """Return the packed rows of a dropout, and where they are in the padded batch."""
+        if self.first_only and at >= place(LAYERS - 1, 0):
             count = len(self.packing.lengths)
             return count, torch.arange(count) * self.packing.padded
         return self.packing.tokens, self.packing.rows
@@ -41,14 +41,11 @@ class Masks:
             return x
         if x.ndim == 2:
             return self.pytorch(x, p, training, inplace)
-        number = next(self.slots)
-        if number is None:
-            seed = new_seed(x.device)
-        else:
-            if self.base is None:
-                self.base = new_seed(x.device)
-            seed = self.base + number * 2**40
-        count, places = self.rows(number)
+        at = next(self.slots)
+        if self.base is None:
+            self.base = new_seed(x.device)
+        seed = self.base + at * 2**40
+        count, places = self.rows(at)
         keep = torch.zeros(
             x.shape[0] * self.packing.padded, *x.shape[1:2] * (x.ndim == 4), x.shape[-1]
         )
@@ -68,10 +65,10 @@ def same_masks(monkeypatch, float64_softmax):
     """Let the next step of a padded model drop what the patched one drops."""
 
     def arrange(family, model, inputs, first_only, hidden, attention):
-        rates = (attention, hidden, hidden)
-        slots = [None] * (hidden > 0)
+        rates = {QKV: attention, MIDDLE: hidden, END: hidden}
+        slots = [INPUT] * (hidden > 0)
         for layer in range(LAYERS):
-            slots += [3 * layer + place for place in PLACES[family] if rates[place]]
+            slots += [place(layer, part) for part in PLACES[family] if rates[part]]
         if "input_ids" in inputs:
             packing = Packing.of_mask(inputs["attention_mask"])
         else:
@@ -160,9 +157,9 @@ def test_seeds_of_one_pass_are_apart_and_those_of_two_differ(build, batch, monke
     seen = []
     drop = Run.drop
 
-    def spy(self, number):
-        seen.append((number, drop(self, number)[1].item()))
-        return drop(self, number)
+    def spy(self, at):
+        seen.append((at, drop(self, at)[1].item()))
+        return drop(self, at)
 
     monkeypatch.setattr(Run, "drop", spy)
     model = build("bert", **rates_of("bert", 0.1, 0.2))
@@ -173,11 +170,11 @@ def test_seeds_of_one_pass_are_apart_and_those_of_two_differ(build, batch, monke
         seen.clear()
         model(**batch(model)).loss.backward()
         passes.append(dict(seen))
-        # the backward pass draws the same
-        assert len(set(seen)) == 9 and len(seen) == 18
+        # the backward pass draws the same, and that of the embeddings, too
+        assert len(set(seen)) == 10 and len(seen) == 19
     for seeds in passes:
-        assert [seeds[n] - seeds[0] for n in range(9)] == [n * 2**40 for n in range(9)]
-    assert passes[0][0] != passes[1][0]
+        assert [seeds[at] - seeds[INPUT] for at in seeds] == [at * 2**40 for at in seeds]
+    assert passes[0][INPUT] != passes[1][INPUT]
 
 
 def test_rates_are_asked_for_at_each_step(build, batch):

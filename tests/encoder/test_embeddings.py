@@ -6,19 +6,19 @@ from torch.nn import functional as F
 
 from bitfit_fast import patch_encoder, select, unpatch
 from bitfit_fast.encoder import embeddings, encoder_of, sums
-from bitfit_fast.encoder.embeddings import Embedding, Gathered
+from bitfit_fast.encoder.embeddings import Dropout, Embedding, Gathered, Onward
 
 TEXTS = ["bert", "roberta", "electra", "electra, as wide", "mpnet", "distilbert"]
 
 
 @pytest.fixture
 def gathered(monkeypatch):
-    """Let rows wait for their LayerNorm on a CPU, too; count tables a kernel and its dtype."""
+    """Let rows wait for their LayerNorm on a CPU, too; note a kernel's tables, dropout, dtype."""
     seen = []
     one_kernel = embeddings.embedding_layer_norm
 
     def counting(ids, tables, *rest):
-        seen.append((len(tables), rest[-1]))
+        seen.append((len(tables), rest[2], rest[-1]))
         return one_kernel(ids, tables, *rest)
 
     monkeypatch.setattr(embeddings, "embedding_layer_norm", counting)
@@ -38,17 +38,19 @@ def assert_close(found, expected, tolerance=1e-5):
         assert error <= tolerance * value.norm() + 1e-7, (name, error)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("terms", ["all", "embedding-layernorm", "query"])
 @pytest.mark.parametrize("family", TEXTS)
-def test_gradients_are_the_same(family, terms, patched, batch, measure, gathered):
-    model = patched(family, terms=terms)
+def test_gradients_are_the_same(family, terms, dropout, patched, batch, measure, gathered):
+    name = "dropout" if family == "distilbert" else "hidden_dropout_prob"
+    model = patched(family, terms=terms, **{name: dropout})
     inputs = batch(model)
     gathered(False)
     expected = measure(model, inputs)
     seen = gathered(True)
     assert_close(measure(model, inputs), expected)
     tables = 3 if family in ("bert", "roberta") or "electra" in family else 2
-    assert seen == [(tables, torch.float32)]
+    assert seen == [(tables, dropout, torch.float32)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -63,11 +65,30 @@ def test_layers_in_bf16_are_given_bf16(patched, batch, measure, gathered, dropou
     assert found["loss"].dtype == torch.float32
     # the head is given numbers that were not rounded to bf16
     assert_close(found, expected, 5e-2)
-    # what is dropped out is so in fp32
-    assert seen == [(3, torch.float32 if dropout else torch.bfloat16)]
+    assert seen == [(3, dropout, torch.bfloat16)]
     model.eval()
     measure(model, inputs)
-    assert seen[1:] == [(3, torch.bfloat16)]
+    assert seen[1:] == [(3, 0.0, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_dropout_of_the_models_own_stays_behind_the_layer_norm(
+    hooked, waits, build, batch, measure, gathered
+):
+    model = build("bert", hidden_dropout_prob=0.1)
+    select(model)
+    own, dropped = model.bert.embeddings.dropout, []
+    if hooked:
+        own.register_forward_hook(lambda module, args, out: dropped.append((out == 0).sum()))
+    patch_encoder(model, precision="bf16")
+    assert (type(own) is Dropout) != hooked
+    seen = gathered(waits)
+    found = measure(model, batch(model))
+    assert found["bert.embeddings.LayerNorm.bias"].norm() > 0
+    assert len(dropped) == hooked and all(dropped)
+    # where some module has hooks, rows are the model's own, too
+    assert len(seen) == (waits and not hooked)
 
 
 def test_the_head_is_given_fp32(patched, batch, gathered):
@@ -126,7 +147,7 @@ def test_a_sum_of_rows_is_a_tensor_to_whoever_asks():
     generator = torch.Generator().manual_seed(0)
     tables = [torch.randn(7, 6, generator=generator) for _ in range(4)]
     ids = [torch.randint(7, (2, 3), generator=generator) for _ in range(4)]
-    made = [Gathered([i], [t], torch.float32) for i, t in zip(ids, tables)]
+    made = [Gathered([i], [t], Onward(torch.float32)) for i, t in zip(ids, tables)]
     rows = [F.embedding(i, t) for i, t in zip(ids, tables)]
     assert made[0].shape == (2, 3, 6) and made[0].size(1) == 3
     for found, expected in (
@@ -142,9 +163,8 @@ def test_a_sum_of_rows_is_a_tensor_to_whoever_asks():
     ):
         found = found.tensor() if isinstance(found, Gathered) else found
         assert torch.equal(found, expected)
-    two = Gathered(ids[:1], tables[:1], torch.float32) + Gathered(
-        ids[1:2], tables[1:2], torch.float32
-    )
+    onward = Onward(torch.float32)
+    two = Gathered(ids[:1], tables[:1], onward) + Gathered(ids[1:2], tables[1:2], onward)
     assert isinstance(two, Gathered)
     tensor = two.tensor()
     assert two.tensor() is tensor and torch.equal(tensor, rows[0] + rows[1])

@@ -131,6 +131,26 @@ def test_sums_may_take_the_place_of_what_is_there(build, batch, deferred, memory
     assert_close(found[2], found[0])
 
 
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize("name", ["embeddings.LayerNorm", "encoder.layer.1.intermediate.dense"])
+def test_hooks_on_a_bias_see_its_gradient(build, batch, deferred, name, on):
+    deferred(on)
+    found = []
+    for factor in (1, 3):
+        model = patched(build)
+        bias = model.bert.get_submodule(name).bias
+        if factor > 1:
+            bias.register_hook(lambda gradient, factor=factor: factor * gradient)
+        arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
+        encoder_of(model).write_to(arena)
+        torch.manual_seed(0)
+        model(**batch(model)).loss.backward()
+        arena.check()
+        found.append({n: arena.view(n, arena.gradients).clone() for n in arena.slices})
+    found[1][f"bert.{name}.bias"] /= 3
+    assert_close(found[1], found[0])
+
+
 def test_partial_rows_that_wait_are_not_overwritten():
     places = dict(enumerate(torch.zeros(4 * 16).split(16)))
     waiting = Sums(places)

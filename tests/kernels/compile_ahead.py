@@ -107,7 +107,7 @@ def launches_of_row_counts():
         yield f"{m} rows", layer_norm.layer_norm_fwd, (a, v, v, v, a)
         yield f"{m} rows", layer_norm.layer_norm_bwd, (a, a, None, rstd, v)
         ids, tables = [empty(m, dtype=torch.int64)] * 3, [empty(m + 1, 768)] * 3
-        given = (v, v, ids, tables, 1e-12, torch.bfloat16)
+        given = (v, v, ids, tables, 0.1, empty(1, dtype=torch.int64), 1e-12, torch.bfloat16)
         yield f"{m} rows", embedding.embedding_layer_norm, given
         yield f"{m} rows", linear.linear_bwd, (a, empty(768, 768, dtype=torch.bfloat16))
         inputs = attention_inputs(m, m, 64, m, torch.bfloat16)
@@ -179,10 +179,10 @@ def launches_of_layer_norm(name, m, n, usual):
         what = f"layer_norm_bwd {at} alone dgamma={dgamma}"
         needs = {"needs_db": False, "needs_dgamma": dgamma}
         yield what, functools.partial(layer_norm.layer_norm_bwd, **needs), arguments
-    for count in range(1, 4) if usual else (3,):
+    for count, p in itertools.product(range(1, 4), (0.0, 0.1)) if usual else ((3, 0.1),):
         ids, tables = [empty(m, dtype=torch.int64)] * count, [empty(30000, n)] * count
-        what = f"embedding_layer_norm {at} {count} tables"
-        yield what, embedding.embedding_layer_norm, (v, v, ids, tables, 1e-12, dtype)
+        what = f"embedding_layer_norm {at} {count} tables dropout={p}"
+        yield what, embedding.embedding_layer_norm, (v, v, ids, tables, p, seed, 1e-12, dtype)
 
 
 def launches(dtypes):

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import embedding
 from bitfit_fast.kernels._launch import INTERPRETED
+from bitfit_fast.ops.dropout import kept
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,14 +33,16 @@ def inputs(rows, columns, count, dtype=torch.float32):
     return gamma, beta, [i.to(DEVICE) for i in ids], [t.to(DEVICE, dtype) for t in tables]
 
 
-def by_pytorch(gamma, beta, ids, tables, dtype):
+def by_pytorch(gamma, beta, ids, tables, p, seed, dtype):
     total = sum(F.embedding(index, table.to(dtype)) for index, table in zip(ids, tables))
     beta = None if beta is None else beta.to(dtype)
-    return F.layer_norm(total, total.shape[-1:], gamma.to(dtype), beta, EPS)
+    y = F.layer_norm(total, total.shape[-1:], gamma.to(dtype), beta, EPS)
+    return y if seed is None else torch.where(kept(*y.shape, p, seed), y / (1 - p), 0)
 
 
-def check(given, dtype):
+def check(given, dtype, p=0.0, seed=None):
     """Compare with float64: twice PyTorch's error in fp32, and the rounding to the output."""
+    given = (*given, p, seed)
     y = embedding.embedding_layer_norm(*given, EPS, dtype)
     exact, theirs = by_pytorch(*given, torch.float64), by_pytorch(*given, torch.float32).to(dtype)
     assert y.dtype == dtype and y.shape == exact.shape
@@ -55,6 +58,14 @@ def test_it_is_as_exact_as_pytorch(shape, count):
     gamma, beta, *rest = inputs(*shape, count)
     check((gamma, beta, *rest), torch.float32)
     check((gamma, None, *rest), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_it_drops_what_the_definition_drops(shape, p):
+    seed = torch.tensor([2**40 + 5], device=DEVICE)
+    y = check(inputs(*shape, 2), torch.float32, p, seed)
+    assert torch.equal(y != 0, kept(*shape, p, seed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,11 +86,12 @@ def test_an_id_without_a_row_shows(bad):
     given = inputs(20, 48, 2)
     expected = check(given, torch.float32)
     given[2][1][7] = bad
-    y = embedding.embedding_layer_norm(*given, EPS, torch.float32)
+    y = embedding.embedding_layer_norm(*given, 0.0, None, EPS, torch.float32)
     assert y[7].isnan().all()
     others = torch.arange(20, device=DEVICE) != 7
     assert torch.equal(y[others], expected[others])
 
 
 def test_no_tokens_give_nothing():
-    assert embedding.embedding_layer_norm(*inputs(0, 32, 3), EPS, torch.float32).shape == (0, 32)
+    given = (*inputs(0, 32, 3), 0.0, None, EPS, torch.float32)
+    assert embedding.embedding_layer_norm(*given).shape == (0, 32)

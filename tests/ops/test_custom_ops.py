@@ -129,14 +129,15 @@ def test_layer_norm_fwd_on_every_layout(randn):
         check_layout(ops.layer_norm_fwd, x, *parts, 1e-5, torch.float32, True, True, torch.float32)
 
 
-def test_embedding_layer_norm_on_every_choice(randn, device):
+def test_embedding_layer_norm_on_every_choice(randn, device, seed):
     ids = [torch.arange(ROWS, device=device) % 3, torch.arange(ROWS, device=device)]
     tables = [randn(3, COLUMNS), randn(ROWS, COLUMNS)]
     for count, beta in itertools.product((1, 2), (None, randn(COLUMNS))):
-        given = (randn(COLUMNS), beta, ids[:count], tables[:count], 1e-5, torch.bfloat16)
-        check(ops.embedding_layer_norm, *given)
+        given = (randn(COLUMNS), beta, ids[:count], tables[:count])
+        for dropout in ((0.0, None), (0.25, seed)):
+            check(ops.embedding_layer_norm, *given, *dropout, 1e-5, torch.bfloat16)
     given = (randn(COLUMNS), None, [ids[0][:1].expand(ROWS)], [randn(COLUMNS, 9).t()])
-    check_layout(ops.embedding_layer_norm, *given, 1e-5, torch.float32)
+    check_layout(ops.embedding_layer_norm, *given, 0.0, None, 1e-5, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +190,10 @@ def test_add_segments_on_every_choice(randn, device):
         check(ops.add_segments, randn(31), table, 8, randn(14), adds)
 
 
-def test_column_sum_partial_on_every_choice(randn):
+def test_column_sum_partial_on_every_choice(randn, seed):
     dy = randn(ROWS, COLUMNS)
-    check(ops.column_sum_partial, dy, randn(1, column_rows(dy), COLUMNS))
+    for dropout in ((0.0, None), (0.25, seed)):
+        check(ops.column_sum_partial, dy, *dropout, randn(1, column_rows(dy), COLUMNS))
 
 
 def test_squares_on_every_choice(randn):
