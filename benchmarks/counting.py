@@ -45,6 +45,16 @@ _HEAVY = {
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
 }
+#: What takes long where it is about more numbers than this, and nothing depends on its values then.
+_HEAVY_IF_LARGE = {
+    aten._to_copy,
+    aten.add,
+    aten.mul,
+    aten.native_dropout,
+    aten.native_dropout_backward,
+    aten.sum,
+}
+_LARGE = 2**16
 #: Operations of more than one launch.
 _LAUNCHES = {aten.native_layer_norm_backward: 2}
 #: Tensors that one launch of an operation on lists takes, by how many lists there are.
@@ -178,6 +188,8 @@ class Counting(TorchDispatchMode):
         if func.namespace == "bitfit_fast" and packet.__name__ not in OURS:
             raise RuntimeError(f"it is not known what {func} launches")
         heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
+        if packet in _HEAVY_IF_LARGE:
+            heavy = any(tensor.numel() > _LARGE for tensor in tensors((args, kwargs)))
         out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
         if not (func.is_view or packet in _FREE):
             # the loss is copied for the caller, behind the graph
@@ -195,6 +207,8 @@ def _uncomputed(func: Any, args: Any, kwargs: Any) -> Any:
         lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"),
         (args, kwargs),
     )
+    if meta[1].get("device") is not None:
+        meta[1]["device"] = torch.device("meta")
     out = func(*meta[0], **meta[1])
     if func._schema.is_mutable and func.namespace == "aten":
         return args[0]
