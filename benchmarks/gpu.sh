@@ -82,6 +82,8 @@ if [ "$device" = cpu ]; then
 fi
 if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
     compiled=autocast-compiled model=tiny
+    steps=(--model tiny --task MRPC --batches 2 --repeats 10)
+    kept=(--model tiny --task 64 --batch-size 16)
 fi
 # checking and compiling kernels takes half of its time
 part step 110 "$python" benchmarks/step.py "${steps[@]}" --seconds 75 \

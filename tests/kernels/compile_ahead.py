@@ -185,7 +185,7 @@ def launches_of_layer_norm(name, m, n, usual):
         yield what, embedding.embedding_layer_norm, (v, v, ids, tables, p, seed, 1e-12, dtype)
 
 
-def launches(dtypes):
+def launches(dtypes, odd):
     """Yield a name, a launcher and its arguments for everything that can be launched.
 
     Flags and activations are crossed at BERT's width in bf16. Other dtypes, widths and strides
@@ -200,7 +200,7 @@ def launches(dtypes):
         for n in (*WIDTHS, layer_norm.MAX_COLUMNS)
         if name != "fp16" or n in (BERT, layer_norm.MAX_COLUMNS)
     ]
-    for name, m, n in [*shapes, *(("bf16", *shape) for shape in ODD)]:
+    for name, m, n in [*shapes, *(("bf16", *shape) for shape in odd)]:
         dtype, at, usual = DTYPES[name], f"{name} {m}x{n}", (name, n) == ("bf16", BERT)
         a, v = empty(m, n, dtype=dtype), empty(n)
         flags = itertools.product((0.0, 0.1), (None, offsets))
@@ -265,13 +265,15 @@ def compiled(capability, launches):
 
 
 def main():
-    """Compile for the architecture named on the command line; for one, with all row counts."""
+    """Compile for the architecture named on the command line; for one, all that there is."""
     capability = int(sys.argv[1])
-    # what does not hang on the architecture is compiled for one: row counts, which come first,
-    # and of the dtypes of 16 bits, which differ in their conversions alone, the second
-    dtypes = [name for name in DTYPES if name != "fp16" or capability == WHOLE]
-    wanted = launches_of_row_counts() if capability == WHOLE else ()
-    for row in compiled(capability, itertools.chain(wanted, launches(dtypes))):
+    # what does not hang on the architecture is compiled for one: row counts, which come first, odd
+    # sizes, and of the dtypes of 16 bits, which differ in their conversions alone, the second
+    whole = capability == WHOLE
+    dtypes = [name for name in DTYPES if name != "fp16" or whole]
+    wanted = launches_of_row_counts() if whole else ()
+    wanted = itertools.chain(wanted, launches(dtypes, ODD if whole else ()))
+    for row in compiled(capability, wanted):
         print(json.dumps(row), flush=True)
 
 
