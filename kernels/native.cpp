@@ -1,6 +1,7 @@
 // The pointwise passes of a BitFit step for CPUs: what the Triton kernels do on a GPU, with the
 // same dropout masks. Plain C functions over raw pointers, built on first use by native.py.
 #include "heads.h"
+#include "layers.h"
 #include "norm.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -131,24 +132,6 @@ void spread(X* packed, int64_t stride, const int32_t* starts, const int32_t* len
                             (longest - lengths[n]) * size * sizeof(X));
         }
     }
-}
-
-template <class X>
-void column_sum(const X* x, int64_t stride, float* out, int64_t rows, int64_t columns,
-                const Dropout& like, int threads) {
-    Sums sums(true, rows, columns);
-    each_block(rows, threads, [&](int64_t first, int64_t last, int64_t block) {
-        Mask drop(like, columns);
-        float* sum = sums.block(block);
-        for (int64_t i = first; i < last; i++) {
-            if (like.threshold) drop.row(i, columns);
-            sweep(columns, [&](int64_t j, auto at) {
-                Floats v = at.load(x + i * stride + j);
-                add(sum, j, like.threshold ? drop(v, j) : v);
-            });
-        }
-    });
-    sums.finish(out);
 }
 
 template <class X>
@@ -410,6 +393,23 @@ void bitfit_attention_bwd(int type, void* q, int64_t q_stride, void* k, int64_t 
         attention_bwd<X>(of<X>(dout), of<X>(q), of<X>(k), of<X>(v), of<X>(dq), dq_stride,
                          of<X>(dk), of<X>(dv), dkv_stride, a, drop, threads);
     })
+}
+
+void bitfit_layers_fwd(int type, int act, const void* layers, const void* through, int threads) {
+    WITH_TYPE(type, X, with_activation(act, [&](auto a) {
+        auto all = *static_cast<const Through<X>*>(through);
+        all.threads = threads;
+        layers_fwd<decltype(a), X>(static_cast<const Layer<X>*>(layers), all);
+    }))
+}
+
+void bitfit_layers_bwd(int type, int act, const void* layers, const void* through, void* dqkv,
+                       int threads) {
+    WITH_TYPE(type, X, with_activation(act, [&](auto a) {
+        auto all = *static_cast<const Through<X>*>(through);
+        all.threads = threads;
+        layers_bwd<decltype(a), X>(static_cast<const Layer<X>*>(layers), all, of<X>(dqkv));
+    }))
 }
 #endif
 }

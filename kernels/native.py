@@ -49,7 +49,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _HEADERS = tuple(
-    _SOURCE.with_name(f"{name}.h") for name in ("heads", "norm", "tiles", "units", "vectors")
+    _SOURCE.with_name(f"{name}.h")
+    for name in ("heads", "layers", "norm", "tiles", "units", "vectors")
 )
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native"),
@@ -90,6 +91,8 @@ _TILES: dict[str, tuple[Any, ...]] = {
     "layer_end_bwd": (_I, _I, *[_P] * 15, _L, _I, _I),
     "attention_fwd": (_I, *_ATTENTION, _P, *_DROPOUT, _I),
     "attention_bwd": (_I, *_ATTENTION, _P, _P, _L, _P, _P, _L, *_DROPOUT, _I),
+    "layers_fwd": (_I, _I, _P, _P, _I),
+    "layers_bwd": (_I, _I, _P, _P, _P, _I),
 }
 
 
@@ -193,7 +196,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
-def _dropped(p: float, seed: Tensor | None) -> tuple[int, float, int, int]:
+def _dropped(p: float, seed: Tensor | int | None) -> tuple[int, float, int, int]:
     if not p:
         return 0, 1.0, 0, ROUNDS
     assert seed is not None

@@ -231,7 +231,7 @@ class Norm:
         `[d]` fp32, of the LayerNorm and of the product.
     eps, p : float
         Added to the variance; probability of dropout.
-    seed : Tensor or None
+    seed : Tensor, int or None
         Of dropout.
     """
 
@@ -240,7 +240,7 @@ class Norm:
     b: Tensor | None
     eps: float
     p: float
-    seed: Tensor | None
+    seed: Tensor | int | None
 
     def struct(self, xhat: Tensor | None, rstd: Tensor | None) -> _Junction:
         """Return it for the library, with where normalised rows and their scale lie."""

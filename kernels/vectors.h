@@ -393,6 +393,24 @@ void each_block(int64_t rows, int threads, Work work) {
     for (int64_t i = 0; i < blocks; i++) work(i * BLOCK, std::min(rows, (i + 1) * BLOCK), i);
 }
 
+template <class X>
+void column_sum(const X* x, int64_t stride, float* out, int64_t rows, int64_t columns,
+                const Dropout& like, int threads) {
+    Sums sums(true, rows, columns);
+    each_block(rows, threads, [&](int64_t first, int64_t last, int64_t block) {
+        Mask drop(like, columns);
+        float* sum = sums.block(block);
+        for (int64_t i = first; i < last; i++) {
+            if (like.threshold) drop.row(i, columns);
+            sweep(columns, [&](int64_t j, auto at) {
+                Floats v = at.load(x + i * stride + j);
+                add(sum, j, like.threshold ? drop(v, j) : v);
+            });
+        }
+    });
+    sums.finish(out);
+}
+
 // ------------------------------------------------------------------------------------ softmax
 
 // Zeros from a multiple of LANES to another.

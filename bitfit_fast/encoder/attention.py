@@ -19,7 +19,7 @@ from ..ops.column_sum import bias_gradient
 from ..ops.dropout import drawn
 from ..packing import Packing
 
-__all__ = ["attention_bwd", "attention_fwd", "attention_sums", "joined"]
+__all__ = ["attention_bwd", "attention_fwd", "attention_sums", "joined", "takes_tiles"]
 
 #: Keys of a sequence whose probabilities a CPU's second-level cache holds.
 _LONGEST = 1024
@@ -33,11 +33,14 @@ def _has_kernel(q: Tensor) -> bool:
     return q.shape[-1] <= MAX_HEAD_SIZE
 
 
-def _takes_tiles(q: Tensor, packing: Packing) -> bool:
-    """Return whether a CPU computes this attention in one pass for each head."""
-    if packing.longest > _LONGEST or uses_triton(q) or not uses_native(q):
+def takes_tiles(x: Tensor, size: int, packing: Packing) -> bool:
+    """Return whether a CPU computes attention in one pass for each head of such a size.
+
+    That is of tensors like `x`.
+    """
+    if packing.longest > _LONGEST or uses_triton(x) or not uses_native(x):
         return False
-    return native.has_tiles() and not q.shape[-1] % tiles.SIDE
+    return native.has_tiles() and not size % tiles.SIDE
 
 
 def _starts(q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:
@@ -88,7 +91,7 @@ def attention_fwd(
         from ..kernels import attention as kernel
 
         return kernel.attention_fwd(q, k, v, *_starts(q, k, packing), p, seed, bias)
-    if _takes_tiles(q, packing):
+    if takes_tiles(q, q.shape[-1], packing):
         return tiles.attention_fwd(q, k, v, *_starts(q, k, packing)[:2], p, seed, bias)
     if uses_native(q):
         return _grouped_fwd(q, k, v, packing, p, seed, bias)
@@ -142,7 +145,7 @@ def attention_bwd(
             if d is not None:
                 sums[0, 0] = bias_gradient(d.flatten(1))
         return dq, dkv
-    if _takes_tiles(q, packing):
+    if takes_tiles(q, q.shape[-1], packing):
         dq, room = _gradients(q, k, needs_kv)
         dkv = room if needs_kv else None
         where = _starts(q, k, packing)[:2]

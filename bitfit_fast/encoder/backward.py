@@ -13,9 +13,10 @@ from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_bwd
 from ..ops.partial import activation_bwd_partial_, column_sum_partial, layer_norm_bwd_partial
+from . import together
 from .attention import attention_bwd, attention_sums, joined
 from .depth import END, ENTRY, INNER, INPUT, MIDDLE, QKV, lowest, place
-from .forward import apart, chunks, norms, project
+from .forward import apart, chunks, project
 from .gradients import Gradients
 from .product import Product
 from .run import Run
@@ -52,38 +53,58 @@ class BackwardPass:
         """Return the gradient of the input, or None where nothing below needs one."""
         stack, last = self.stack, len(self.stack.layers) - 1
         residual: Tensor | None = None  # the gradient of the residual that goes on
-        for number in range(last, -1, -1):
-            layer, first = stack.layers[number], stack.first_only and number == last
-            weights = None
-            if place(number, MIDDLE) > self.lowest:
-                weights = stack.end_weights(number, dy, "backward")
-            if weights is not None:
-                residual, do = self._end_bwd(number, dy, weights)
-                below = self._attention_bwd(number, do, residual, first)
-                if below is None:
-                    return None
+        number = last
+        while number >= 0:
+            of_layers = together.weights(self.run, self._whole(number, dy), dy, "backward")
+            if of_layers:
+                dy = together.backward(self.run, self.gradients, number, of_layers, dy)
+            elif (below := self._layer_bwd(number, dy, residual)) is not None:
                 dy, residual = below
-                continue
-            left = self._leave(layer.end, dy, residual, place(number, END))
-            if left is None:
+            else:
                 return None
-            residual, dz = left
-            inner = self._feed_forward_bwd(layer, number, dz, residual)
-            if inner is None:
-                return None
-            left = self._leave(layer.middle, inner, residual, place(number, MIDDLE))
-            if left is None:
-                return None
-            residual, dz = left
-            below = self._attention_bwd(number, layer.out.backward(dz), residual, first)
-            if below is None:
-                return None
-            dy, residual = below
+            number -= len(of_layers) or 1
         if stack.entry is not None:
             return self._enter_bwd(stack.entry, dy, residual)
         if self.gradients.embedding_beta is not None:
             self._sum_input(dy)
         return dy
+
+    def _whole(self, number: int, dy: Tensor) -> list[int]:
+        """Return the layers from this one on downwards whose backward pass is all of it."""
+        stack = self.stack
+        if stack.first_only and number == len(stack.layers) - 1:
+            return []
+        lowest, by_identity = self.lowest, self._by_identity(dy)
+        numbers = range(number, -1 + by_identity, -1)
+        return [number for number in numbers if place(number, QKV) > lowest]
+
+    def _layer_bwd(
+        self, number: int, dy: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the gradients of what a layer took, and of the residual that goes on.
+
+        None where nothing below needs them.
+        """
+        stack = self.stack
+        layer, first = stack.layers[number], stack.first_only and number == len(stack.layers) - 1
+        weights = None
+        if place(number, MIDDLE) > self.lowest:
+            weights = stack.end_weights(number, dy, "backward")
+        if weights is not None:
+            residual, do = self._end_bwd(number, dy, weights)
+            return self._attention_bwd(number, do, residual, first)
+        left = self._leave(layer.end, dy, residual, place(number, END))
+        if left is None:
+            return None
+        residual, dz = left
+        inner = self._feed_forward_bwd(layer, number, dz, residual)
+        if inner is None:
+            return None
+        left = self._leave(layer.middle, inner, residual, place(number, MIDDLE))
+        if left is None:
+            return None
+        residual, dz = left
+        return self._attention_bwd(number, layer.out.backward(dz), residual, first)
 
     def _sum_input(self, dy: Tensor) -> None:
         """Sum up the gradient of the input, for the embeddings' bias."""
@@ -102,7 +123,7 @@ class BackwardPass:
         indices = layer.end.beta, layer.end.bias, up, layer.middle.beta, layer.middle.bias
         needs = [self.gradients.needed(index) for index in indices]
         do, dx, sums = tiles.layer_end_bwd(
-            dy, weights, norms(self.run, number), self.run.biases[up], layer.act,
+            dy, weights, self.run.norms(number), self.run.biases[up], layer.act,
             (hat, rstd, slope, end_hat, end_rstd), needs,
         )  # fmt: skip
         for index, gradient in zip(indices, sums):

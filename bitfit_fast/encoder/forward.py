@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from ..kernels import tiles
-from ..kernels.tiles import Norm
 from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_fwd
-from . import sums
+from . import sums, together
 from .attention import attention_fwd
 from .depth import END, MIDDLE, QKV, place
 from .run import Run
 from .stack import ROLES, UP, Junction, Stack
 
-__all__ = ["apart", "chunks", "forward_pass", "norms", "project"]
+__all__ = ["apart", "chunks", "forward_pass", "project"]
 
 #: Rows of the feed-forward block that run at once where memory is to be saved.
 _CHUNK = 2048
@@ -45,25 +44,36 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
         y = _enter(run, stack.entry, x)
     elif stack.memory == "lowest":
         run.keep(x)
-    for number, layer in enumerate(stack.layers):
-        first = stack.first_only and number == last
-        rows = None
-        if first:
-            rows = y.index_select(0, run.packing.first)
-            same = residual is y
-            residual = rows if same else residual.index_select(0, run.packing.first)
-        o = _attention(run, number, y, rows)
-        if (weights := stack.end_weights(number, o, "forward")) is not None:
-            y = residual = _end(run, number, o, residual, weights)
-            continue
-        z = layer.out(o)
-        del o  # which would lie there as long as the feed-forward block runs
-        y, residual = _join(run, layer.middle, z, residual, place(number, MIDDLE), z.dtype)
-        z = _feed_forward(run, number, y)
-        run.casts = number == last and layer.end.gamma is not None and sums.defers(z)
-        dtype = run.dtype if run.casts else z.dtype
-        y, residual = _join(run, layer.end, z, residual, place(number, END), dtype)
+    number = 0
+    while number <= last:
+        whole = range(number, last + 1 - stack.first_only)
+        if of_layers := together.weights(run, whole, y, "forward"):
+            y = residual = together.forward(run, number, of_layers, y)
+        else:
+            y, residual = _layer(run, number, y, residual)
+        number += len(of_layers) or 1
     return y
+
+
+def _layer(run: Run, number: int, y: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the next layer takes, and the residual that goes on."""
+    stack, last = run.stack, len(run.stack.layers) - 1
+    layer, rows = stack.layers[number], None
+    if stack.first_only and number == last:
+        rows = y.index_select(0, run.packing.first)
+        same = residual is y
+        residual = rows if same else residual.index_select(0, run.packing.first)
+    o = _attention(run, number, y, rows)
+    if (weights := stack.end_weights(number, o, "forward")) is not None:
+        y = _end(run, number, o, residual, weights)
+        return y, y
+    z = layer.out(o)
+    del o  # which would lie there as long as the feed-forward block runs
+    y, residual = _join(run, layer.middle, z, residual, place(number, MIDDLE), z.dtype)
+    z = _feed_forward(run, number, y)
+    run.casts = number == last and layer.end.gamma is not None and sums.defers(z)
+    dtype = run.dtype if run.casts else z.dtype
+    return _join(run, layer.end, z, residual, place(number, END), dtype)
 
 
 def _enter(run: Run, entry: Junction, x: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def _end(run: Run, number: int, o: Tensor, x: Tensor, weights: tuple[Any, ...]) 
     """Run all of a layer behind attention."""
     b, act = run.biases[number * len(ROLES) + UP], run.stack.layers[number].act
     few_bits = run.stack.memory == "low"
-    y, *kept = tiles.layer_end(o, x, weights, norms(run, number), b, act, few_bits, run.keeps)
+    y, *kept = tiles.layer_end(o, x, weights, run.norms(number), b, act, few_bits, run.keeps)
     if run.keeps:
         hat, rstd, slope, end_hat, end_rstd = kept
         run.keep(hat, None, rstd, slope, end_hat, None, end_rstd)
@@ -157,18 +167,6 @@ def apart(stack: Stack, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, 
         for part in rows.view(rows.shape[0], -1, stack.heads, size).unbind(1)
     )
     return q, k, v
-
-
-def norms(run: Run, number: int) -> tuple[Norm, Norm]:
-    """Return what one call for a layer's end is told of its two junctions."""
-
-    def norm(junction: Junction, part: int) -> Norm:
-        assert junction.gamma is not None
-        beta, bias = run.bias(junction.beta), run.bias(junction.bias)
-        return Norm(junction.gamma, beta, bias, junction.eps, *run.drop(place(number, part)))
-
-    layer = run.stack.layers[number]
-    return norm(layer.middle, MIDDLE), norm(layer.end, END)
 
 
 def chunks(rows: Tensor) -> Iterator[slice]:

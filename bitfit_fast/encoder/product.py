@@ -39,11 +39,6 @@ def _prefers_onednn() -> bool:
     return bool(makers) and "GenuineIntel" not in makers
 
 
-def _takes_tiles(rows: Tensor, weight: Tensor) -> bool:
-    """Return whether our own kernels for CPUs multiply rows of this kind by the weight."""
-    return not uses_triton(rows) and uses_native(rows) and tiles.beat_libraries(weight)
-
-
 class Product:
     """A frozen weight, which activations and gradients are multiplied by.
 
@@ -57,7 +52,8 @@ class Product:
         self.weight = weight
         fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32
         self._onednn = fp32 and _prefers_onednn()
-        #: For our own kernels: the weight as they take it in the forward and the backward pass.
+        #: For our own kernels: the weight as they take it in the forward and the backward pass,
+        #: None where others are as fast.
         self._packed: dict[str, Any] = {}
 
     def packed(self, rows: Tensor, which: str) -> Any:
@@ -65,16 +61,25 @@ class Product:
 
         `which` is the `forward` or the `backward` pass.
         """
-        if not _takes_tiles(rows, self.weight):
+        if uses_triton(rows) or not uses_native(rows):
             return None
+        return self.packed_for_cpu(which)
+
+    def packed_for_cpu(self, which: str) -> Any:
+        """Return the same, where it is known that a CPU's kernels are used."""
         if which not in self._packed:
-            self._packed[which] = tiles.pack(self.weight.t() if which == "forward" else self.weight)
+            takes = tiles.beat_libraries(self.weight)
+            operand = self.weight.t() if which == "forward" else self.weight
+            self._packed[which] = tiles.pack(operand) if takes else None
         return self._packed[which]
 
     @property
     def bytes_packed(self) -> int:
         """How much the weight takes once it is packed for both passes, at the first of each."""
-        return 2 * tiles.packed_bytes(self.weight) if _takes_tiles(self.weight, self.weight) else 0
+        weight = self.weight
+        if uses_triton(weight) or not uses_native(weight) or not tiles.beat_libraries(weight):
+            return 0
+        return 2 * tiles.packed_bytes(weight)
 
     def __call__(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """Return `x W^T + b`, `[M, N]` of `[M, K]`."""

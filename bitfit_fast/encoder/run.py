@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.tiles import Norm
 from ..ops.dropout import new_seed
 from ..packing import Packing
 from . import sums
@@ -99,12 +100,32 @@ class Run:
         if seeds is None and any(self.dropouts):
             seeds = new_seeds(stack, packing.device)
         self._seeds = seeds
+        self._numbers: list[int] | None = None
         self._joined: Tensor | None = None
 
     def drop(self, at: int) -> tuple[float, Tensor | None]:
         """Return probability and seed of the dropout at a place."""
         p, seeds = self.dropouts[at], self._seeds
         return p, None if not p or seeds is None else seed_at(seeds, at)
+
+    def number(self, at: int) -> tuple[float, int | None]:
+        """Return the same, with a seed on a CPU as the number that it is."""
+        p = self.dropouts[at]
+        if not p or self._seeds is None:
+            return p, None
+        if self._numbers is None:
+            self._numbers = self._seeds.tolist()
+        return p, self._numbers[2 * at]
+
+    def norms(self, number: int) -> tuple[Norm, Norm]:
+        """Return what kernels for CPUs are told of a layer's two junctions."""
+        layer, found = self.stack.layers[number], []
+        for junction, part in ((layer.middle, MIDDLE), (layer.end, END)):
+            assert junction.gamma is not None
+            beta, bias = self.bias(junction.beta), self.bias(junction.bias)
+            drop = self.number(place(number, part))
+            found.append(Norm(junction.gamma, beta, bias, junction.eps, *drop))
+        return found[0], found[1]
 
     def bias(self, index: int | None) -> Tensor | None:
         """Return a bias, if there is one."""
@@ -120,7 +141,7 @@ class Run:
 
     def _joined_biases(self) -> Tensor:
         """Return the biases of q, k and v of all layers, `[L, 3 d]`; empty where there are none."""
-        count, dtype = len(self.stack.layers), self.stack.dtype
+        count = len(self.stack.layers)
         parts = [
             self.biases[number * len(ROLES) + role]
             for number in range(count)
@@ -132,6 +153,9 @@ class Run:
         if len(there) < len(parts):
             zero = torch.zeros_like(there[0])
             there = [zero if part is None else part for part in parts]
+        # our own kernels for CPUs add numbers in fp32
+        own = self.stack.layers[0].qkv.packed(self.stack.layers[0].qkv.weight, "forward")
+        dtype = self.stack.dtype if own is None else torch.float32
         if sums.defers(there[0][None]):
             # one launch, not two
             joined = torch.empty(sum(map(len, there)), dtype=dtype, device=there[0].device)

@@ -192,6 +192,18 @@ class Stack:
         weights = tuple(product.packed(rows, which) for product in products)
         return None if any(weight is None for weight in weights) else weights
 
+    def whole_weights(self, number: int, which: str) -> tuple[Any, ...] | None:
+        """Return all of a layer's weights where a CPU runs all of it in one call; else None.
+
+        Parameters are those of `end_weights`, of a CPU whose kernels are used.
+        """
+        if self.pre_norm or self.recomputes:
+            return None
+        layer = self.layers[number]
+        products = layer.qkv, layer.out, layer.up, layer.down
+        weights = tuple(product.packed_for_cpu(which) for product in products)
+        return None if any(weight is None for weight in weights) else weights
+
     def bytes_kept(self, tokens: int, memory: str | None = None) -> int:
         """Return how much the layers keep of a batch for the backward pass, in bytes."""
         memory = memory or self.memory

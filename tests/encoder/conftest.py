@@ -116,6 +116,9 @@ def _made(family, head, changes):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        if hasattr(model, "pre_classifier"):
+            # a ReLU comes behind it, and a rounding may change on which side of 0 something is
+            model.pre_classifier.bias.add_(8.0)
     return model.train()
 
 

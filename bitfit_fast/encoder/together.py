@@ -1,0 +1,97 @@
+"""Layers that run in one call, where a CPU has a kernel for every part of them.
+
+What they keep, and the sums that they give, are those of the parts one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels import layers as kernel
+from .attention import takes_tiles
+from .depth import QKV, place
+from .gradients import Gradients
+from .run import Run
+from .stack import KEY, QUERY, ROLES, UP, VALUE
+
+__all__ = ["backward", "forward", "weights"]
+
+
+def weights(run: Run, numbers: Iterable[int], x: Tensor, which: str) -> list[tuple[Any, ...]]:
+    """Return the weights of as many of these layers, from the first on, as one call can run.
+
+    Parameters
+    ----------
+    run : Run
+        What they belong to.
+    numbers : iterable of int
+        Of layers that compute all rows.
+    x : Tensor
+        What the first one is given.
+    which : str
+        The `forward` or the `backward` pass.
+    """
+    stack, found, act = run.stack, [], ""
+    if not takes_tiles(x, stack.width // stack.heads, run.packing):
+        return []
+    for number in numbers:
+        of_layer = stack.whole_weights(number, which)
+        act = act or stack.layers[number].act
+        if of_layer is None or stack.layers[number].act != act:
+            break
+        found.append(of_layer)
+    return found
+
+
+def _heads(run: Run) -> kernel.Heads:
+    return kernel.Heads(run.stack.heads, run.packing.starts, run.score_bias)
+
+
+def _layers(run: Run, numbers: Sequence[int], of_layers: list[Any]) -> list[kernel.Layer]:
+    """Return what the kernel is told of layers in this batch."""
+    return [
+        kernel.Layer(
+            of_layer,
+            run.qkv_bias(number, 0, 3),
+            run.biases[number * len(ROLES) + UP],
+            run.norms(number),
+            *run.number(place(number, QKV)),
+        )
+        for number, of_layer in zip(numbers, of_layers)
+    ]
+
+
+def forward(run: Run, first: int, of_layers: list[tuple[Any, ...]], x: Tensor) -> Tensor:
+    """Run layers from `first` on, and keep what the backward pass takes."""
+    stack = run.stack
+    layers = _layers(run, range(first, first + len(of_layers)), of_layers)
+    act, few_bits = stack.layers[first].act, stack.memory == "low"
+    y, kept = kernel.layers_fwd(x.contiguous(), layers, _heads(run), act, few_bits, run.keeps)
+    for qkv, hat, rstd, slope, end_hat, end_rstd in kept:
+        run.keep(qkv, hat, None, rstd, slope, end_hat, None, end_rstd)
+    return y
+
+
+def backward(
+    run: Run, gradients: Gradients, first: int, of_layers: list[tuple[Any, ...]], dy: Tensor
+) -> Tensor:
+    """Run the backward pass of layers from `first` on downwards; return the gradient below."""
+    numbers = range(first, first - len(of_layers), -1)
+    layers, kept, indices = _layers(run, numbers, of_layers), [], []
+    for number in numbers:
+        qkv, hat, _, rstd, slope, end_hat, _, end_rstd = run.taken(8)
+        kept.append((qkv, hat, rstd, slope, end_hat, end_rstd))
+        layer, at = run.stack.layers[number], number * len(ROLES)
+        ends = layer.end.beta, layer.end.bias, at + UP, layer.middle.beta, layer.middle.bias
+        indices.append((*ends, at + QUERY, at + VALUE, at + KEY))
+    needs = [[gradients.needed(index) for index in of_layer[:-1]] for of_layer in indices]
+    act = run.stack.layers[first].act
+    dx, sums = kernel.layers_bwd(dy.contiguous(), layers, _heads(run), act, kept, needs)
+    for of_layer, found in zip(indices, sums):
+        for index, gradient in zip(of_layer, found):
+            if gradient is not None:
+                gradients.note(index, gradient)
+    return dx
