@@ -55,6 +55,9 @@ class Product:
         #: For our own kernels: the weight as they take it in the forward and the backward pass,
         #: None where others are as fast.
         self._packed: dict[str, Any] = {}
+        self._parts: dict[tuple[int, int], Product] = {}
+        #: Of a part: the product that it is a part of, and which rows of it.
+        self._whole: tuple[Product, int, int] | None = None
 
     def packed(self, rows: Tensor, which: str) -> Any:
         """Return the weight as our own kernels for CPUs take it, or None where others multiply.
@@ -68,10 +71,16 @@ class Product:
     def packed_for_cpu(self, which: str) -> Any:
         """Return the same, where it is known that a CPU's kernels are used."""
         if which not in self._packed:
-            takes = tiles.beat_libraries(self.weight)
-            operand = self.weight.t() if which == "forward" else self.weight
-            self._packed[which] = tiles.pack(operand) if takes else None
+            self._packed[which] = self._pack(which) if tiles.beat_libraries(self.weight) else None
         return self._packed[which]
+
+    def _pack(self, which: str) -> Any:
+        if self._whole is not None:
+            whole, first, last = self._whole
+            if (packed := whole.packed_for_cpu(which)) is not None and not first % tiles.SIDE:
+                every, some = slice(None), slice(first, last)
+                return packed[(every, some) if which == "forward" else (some, every)]
+        return tiles.pack(self.weight.t() if which == "forward" else self.weight)
 
     @property
     def bytes_packed(self) -> int:
@@ -151,11 +160,8 @@ class Product:
         return linear_activation_bwd(dz, self.weight, kept, b, act)
 
     def part(self, first: int, last: int) -> Product:
-        """Return the product with some rows of the weight."""
-        made = Product(self.weight[first:last])
-        for which, index in (("forward", 1), ("backward", 0)):
-            packed = self.packed(self.weight, which)
-            if packed is not None and not (first % 32 or last % 32):
-                every, some = slice(None), slice(first, last)
-                made._packed[which] = packed[(every, some) if index else (some, every)]
+        """Return the product with some rows of the weight, the same one each time."""
+        if (made := self._parts.get((first, last))) is None:
+            made = self._parts[first, last] = Product(self.weight[first:last])
+            made._whole = self, first, last
         return made
