@@ -189,7 +189,8 @@ class Counting(TorchDispatchMode):
             raise RuntimeError(f"it is not known what {func} launches")
         heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
         if packet in _HEAVY_IF_LARGE:
-            heavy = any(tensor.numel() > _LARGE for tensor in tensors((args, kwargs)))
+            given = tensors((args, kwargs))
+            heavy = any(t.numel() > _LARGE and t.is_floating_point() for t in given)
         out = _uncomputed(func, args, kwargs) if heavy else func(*args, **kwargs)
         if not (func.is_view or packet in _FREE):
             # the loss is copied for the caller, behind the graph

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,20 @@ _P, _L, _I, _F, _ = native.C_TYPES
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _P) for name in ("qkv", "out", "up", "down", "qkv_b", "up_b", "qkv_rows")),
+        *((name, _P) for name in ("q", "qkv", "out", "up", "down", "q_b", "qkv_b", "up_b")),
+        *((name, _P) for name in ("q_rows", "qkv_rows")),
         *(("middle", _Junction), ("end", _Junction), ("slopes", _Slopes)),
         *(("threshold", _I), ("scale", _F), ("seed", _L)),
-        *(("sums", _P * 5), ("qkv_sums", _P), ("first_column", _L), ("columns", _L)),
+        *(("ends", _P * 5), ("sums", _P * 3)),
     )
 
 
 class _Through(ctypes.Structure):
     _fields_ = (
         *((name, _L) for name in ("count", "tokens", "heads", "size")),
-        *(("starts", _P), ("sequences", _L)),
+        *(("starts", _P), ("each", _P), ("sequences", _L), ("first_tokens", _L)),
         *(("bias", _P), ("bias_head", _L), ("bias_query", _L), ("factor", _F)),
-        *((name, _P) for name in ("x", "o", "spare", "y")),
+        *((name, _P) for name in ("x", "o", "spare", "firsts", "y")),
         *(("rounds", _I), ("threads", _I)),
     )
 
@@ -49,14 +51,19 @@ class Heads:
     ----------
     count : int
         Heads.
-    starts : Tensor
-        `[B + 1]` int32: where each sequence begins.
+    starts, each : Tensor
+        `[S + 1]` int32: where each sequence's tokens begin, and where those rows of it do of which
+        there is one for each first token.
+    first_tokens : int
+        B: sequences, without those that are there to fill a budget.
     bias : Tensor or None
         As `tiles.attention_fwd` takes it.
     """
 
     count: int
     starts: Tensor
+    each: Tensor
+    first_tokens: int
     bias: Tensor | None
 
 
@@ -66,18 +73,22 @@ class Layer:
 
     Attributes
     ----------
+    q : Packed or None
+        The queries' weight, where only first tokens have some: in the last layer.
     weights : tuple of Packed
-        Of q, k and v, of the projection behind attention, and of the feed-forward block; packed
-        for this pass.
-    qkv_b, up_b : Tensor or None
-        `[3 d]` and `[f]` fp32.
+        Of q, k and v, or then of k and v; of the projection behind attention, and of the
+        feed-forward block. All are packed for this pass.
+    q_b, qkv_b, up_b : Tensor or None
+        fp32, contiguous, as wide as what their weights give; the backward pass takes the last.
     norms : tuple of Norm
         The junctions behind attention and behind the feed-forward block.
     p, seed
         Dropout of attention's probabilities.
     """
 
+    q: Packed | None
     weights: tuple[Packed, Packed, Packed, Packed]
+    q_b: Tensor | None
     qkv_b: Tensor | None
     up_b: Tensor | None
     norms: tuple[Norm, Norm]
@@ -85,18 +96,18 @@ class Layer:
     seed: int | None
 
 
-#: What a layer keeps: q, k and v, xhat and rstd of the first junction, act', and those of the
-#: second.
-Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+#: What a layer keeps: the queries of first tokens, if there are only these; q, k and v, or k and v;
+#: xhat and rstd of the first junction, act', and those of the second.
+Kept = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _struct(layer: Layer, qkv: Tensor, kept: Kept | None, act: str) -> _Layer:
-    hat, rstd, slope, end_hat, end_rstd = kept[1:] if kept is not None else (None,) * 5
+def _struct(layer: Layer, q: Tensor | None, qkv: Tensor, kept: Any, act: str) -> _Layer:
+    hat, rstd, slope, end_hat, end_rstd = kept or (None,) * 5
     threshold, scale, seed, _ = native._dropped(layer.p, layer.seed)
     return _Layer(
+        None if layer.q is None else layer.q.address,
         *(weight.address for weight in layer.weights),
-        *(native._pointer(b) for b in (layer.qkv_b, layer.up_b)),
-        qkv.data_ptr(),
+        *map(native._pointer, (layer.q_b, layer.qkv_b, layer.up_b, q, qkv)),
         layer.norms[0].struct(hat, rstd),
         layer.norms[1].struct(end_hat, end_rstd),
         _slopes(slope, act),
@@ -105,30 +116,26 @@ def _struct(layer: Layer, qkv: Tensor, kept: Kept | None, act: str) -> _Layer:
 
 
 def _run(
-    which: str,
-    structs: Sequence[_Layer],
-    act: str,
-    heads: Heads,
-    x: Tensor,
-    scratch: int,
-) -> Tensor:
-    """Run layers on contiguous `[T, d]`; return what the last gives."""
-    tokens, width = x.shape
-    y, room = x.new_empty(x.shape), x.new_empty(scratch + (len(structs) > 1), *x.shape)
-    size, bias = width // heads.count, heads.bias
+    which: str, structs: Sequence[_Layer], act: str, heads: Heads, tokens: int, x: Tensor, y: Tensor
+) -> None:
+    """Run layers, which take contiguous x and give y."""
+    width, first_tokens = x.shape[1], heads.first_tokens
+    size, bias, backward = width // heads.count, heads.bias, which == "layers_bwd"
+    # o, what goes from layer to layer, and dqkv; and rows of first tokens
+    room = x.new_empty((3 + 3 * backward) * tokens + first_tokens, width)
+    o, spare, rest = (room[i * tokens :] for i in (0, 1, 3))
     strides = (0, 0) if bias is None else bias.stride()[:2]
     through = _Through(
         *(len(structs), tokens, heads.count, size),
-        *(heads.starts.data_ptr(), len(heads.starts) - 1),
+        *(heads.starts.data_ptr(), heads.each.data_ptr(), len(heads.starts) - 1, first_tokens),
         *(native._pointer(bias), *strides, size**-0.5),
-        *(x.data_ptr(), room.data_ptr(), room[-1].data_ptr(), y.data_ptr()),
+        *(t.data_ptr() for t in (x, o, spare, room[len(room) - first_tokens :], y)),
         ROUNDS,
     )
-    rest = () if scratch == 1 else (room[1].data_ptr(),)
     layers = (_Layer * len(structs))(*structs)
-    addresses = ctypes.addressof(layers), ctypes.addressof(through)
-    native._call(which, native.DTYPES[x.dtype], native.ACTS[act], *addresses, *rest)
-    return y
+    addresses = [ctypes.addressof(layers), ctypes.addressof(through)]
+    addresses += [rest.data_ptr()] * backward
+    native._call(which, native.DTYPES[x.dtype], native.ACTS[act], *addresses)
 
 
 def layers_fwd(
@@ -152,23 +159,29 @@ def layers_fwd(
     Returns
     -------
     y : Tensor
-        `[T, d]`.
+        `[T, d]`, or `[B, d]` where the last layer computes first tokens only.
     kept : list
         What each layer keeps, as `Kept` says; empty where nothing is.
     """
-    rows, width = x.shape
+    tokens, width = x.shape
     kept: list[Kept] = []
-    if keeps:
-        for layer in layers:
+    structs, rows = [], tokens
+    # what is not kept, layers use one after the other
+    shared = None if keeps else x.new_empty(tokens, 3 * width)
+    for layer in layers:
+        q = None
+        if layer.q is not None:
+            rows = heads.first_tokens
+            q = x.new_empty(rows, width)
+        qkv = x.new_empty(tokens, layer.weights[0].columns) if shared is None else shared
+        if keeps:
             hats, rstds = x.new_empty(2, rows, width), x.new_empty(2, rows, dtype=torch.float32)
-            slope = _room_for_slopes(x, layer.weights[2].columns, few_bits)
-            qkv = x.new_empty(rows, 3 * width)
-            kept.append((qkv, hats[0], rstds[0], slope, hats[1], rstds[1]))
-        structs = [_struct(layer, each[0], each, act) for layer, each in zip(layers, kept)]
-    else:
-        qkv = x.new_empty(rows, 3 * width)
-        structs = [_struct(layer, qkv, None, act) for layer in layers]
-    return _run("layers_fwd", structs, act, heads, x, 1), kept
+            slope = _room_for_slopes(hats[0], layer.weights[2].columns, few_bits)
+            kept.append((q, qkv, hats[0], rstds[0], slope, hats[1], rstds[1]))
+        structs.append(_struct(layer, q, qkv, kept[-1][2:] if keeps else None, act))
+    y = x.new_empty(rows, width)
+    _run("layers_fwd", structs, act, heads, tokens, x, y)
+    return y, kept
 
 
 def layers_bwd(
@@ -184,7 +197,7 @@ def layers_bwd(
     Parameters
     ----------
     dy : Tensor
-        `[T, d]` contiguous, the gradient of what the first of these layers gave.
+        The gradient of what the first of these layers gave, contiguous.
     layers : sequence of Layer
         With weights packed for the backward pass.
     heads, act
@@ -193,38 +206,28 @@ def layers_bwd(
         What each layer kept.
     needs : sequence of sequence of bool
         Whether each sum of each layer is needed: of the second junction's beta and b, of `up_b`,
-        of the first junction's beta and b, and of the gradients of q and of v.
+        of the first junction's beta and b, and of the gradients of q, k and v.
 
     Returns
     -------
     dx : Tensor
         `[T, d]`.
     sums : list of list of Tensor or None
-        fp32, those sums; that of k comes last where those of q and of v are both there.
+        fp32, those sums.
     """
-    structs, sums = [], []
+    width, structs, sums = dy.shape[1], [], []
     for layer, each, needed in zip(layers, kept, needs):
-        struct, found = _struct(layer, each[0], each, act), _room_for_sums(dy, layer, needed)
-        struct.sums = (_P * 5)(*map(native._pointer, found[:5]))
-        of_qkv = [part for part in found[5:] if part is not None]
-        if of_qkv:
-            # side by side, with that of k between them where there are both
-            columns = [part.data_ptr() for part in of_qkv]
-            struct.qkv_sums, struct.columns = min(columns), sum(map(len, of_qkv))
-            struct.first_column = 0 if needed[5] else 2 * dy.shape[1]
+        sizes = [width] * 8
+        sizes[2] = layer.weights[3].columns
+        sizes = [size * wanted for size, wanted in zip(sizes, needed)]
+        room = dy.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+        found = [part if wanted else None for part, wanted in zip(room, needed)]
+        struct = _struct(layer, each[0], each[1], each[2:], act)
+        struct.ends[:] = [*map(native._pointer, found[:5])]
+        struct.sums[:] = [*map(native._pointer, found[5:])]
         structs.append(struct)
         sums.append(found)
-    return _run("layers_bwd", structs, act, heads, dy, 4), sums
-
-
-def _room_for_sums(dy: Tensor, layer: Layer, needed: Sequence[bool]) -> list[Tensor | None]:
-    """Return memory for a layer's sums, in the order in which `layers_bwd` returns them."""
-    width, inner = dy.shape[1], layer.weights[3].columns
-    *ends, of_q, of_v = needed
-    wanted = [*ends, of_q, of_q and of_v, of_v]
-    sizes = [
-        size if wants else 0 for size, wants in zip((width, width, inner, *[width] * 5), wanted)
-    ]
-    parts = dy.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
-    *found, q, k, v = (part if wants else None for part, wants in zip(parts, wanted))
-    return [*found, q, v, k]
+    tokens = len(kept[0][1])
+    dx = dy.new_empty(tokens, width)
+    _run("layers_bwd", structs, act, heads, tokens, dy, dx)
+    return dx, sums

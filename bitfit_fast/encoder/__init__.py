@@ -4,6 +4,7 @@ from .calls import LENGTHS, for_model
 from .encoder import Encoder
 from .heads import fixed_refusal
 from .install import PRECISIONS, encoder_of, install, uninstall
+from .parts import hooks_on
 from .stack import MEMORY
 from .support import refusal
 
@@ -15,6 +16,7 @@ __all__ = [
     "encoder_of",
     "fixed_refusal",
     "for_model",
+    "hooks_on",
     "install",
     "refusal",
     "uninstall",

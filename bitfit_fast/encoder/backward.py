@@ -71,12 +71,8 @@ class BackwardPass:
 
     def _whole(self, number: int, dy: Tensor) -> list[int]:
         """Return the layers from this one on downwards whose backward pass is all of it."""
-        stack = self.stack
-        if stack.first_only and number == len(stack.layers) - 1:
-            return []
-        lowest, by_identity = self.lowest, self._by_identity(dy)
-        numbers = range(number, -1 + by_identity, -1)
-        return [number for number in numbers if place(number, QKV) > lowest]
+        numbers = range(number, -1 + self._by_identity(dy), -1)
+        return [number for number in numbers if place(number, QKV) > self.lowest]
 
     def _layer_bwd(
         self, number: int, dy: Tensor, residual: Tensor | None
@@ -86,7 +82,7 @@ class BackwardPass:
         None where nothing below needs them.
         """
         stack = self.stack
-        layer, first = stack.layers[number], stack.first_only and number == len(stack.layers) - 1
+        layer, first = stack.layers[number], stack.computes_first(number)
         weights = None
         if place(number, MIDDLE) > self.lowest:
             weights = stack.end_weights(number, dy, "backward")
@@ -123,7 +119,7 @@ class BackwardPass:
         indices = layer.end.beta, layer.end.bias, up, layer.middle.beta, layer.middle.bias
         needs = [self.gradients.needed(index) for index in indices]
         do, dx, sums = tiles.layer_end_bwd(
-            dy, weights, self.run.norms(number), self.run.biases[up], layer.act,
+            dy.contiguous(), weights, self.run.norms(number), self.run.biases[up], layer.act,
             (hat, rstd, slope, end_hat, end_rstd), needs,
         )  # fmt: skip
         for index, gradient in zip(indices, sums):
@@ -266,11 +262,11 @@ class BackwardPass:
         if ends:
             return None
         assert dkv is not None
-        width = self.stack.width
         if not first:
             return layer.qkv.backward(joined(dq), self._onto(residual)), residual
-        dx = layer.qkv.part(width, 3 * width).backward(dkv.reshape(-1, 2 * width))
-        of_rows = layer.qkv.part(0, width).backward(dq.reshape(-1, width), self._onto(residual))
+        of_q, of_kv = self.stack.first_products()
+        dx = of_kv.backward(dkv.flatten(1))
+        of_rows = of_q.backward(dq.flatten(1), self._onto(residual))
         dx.index_add_(0, self.run.packing.first, of_rows)
         if self.stack.pre_norm:
             scattered = torch.zeros_like(dx)

@@ -43,14 +43,14 @@ class Onward:
         Probability with which the dropout behind it drops an element.
     seed : Tensor or None
         Of that dropout.
-    dropped : bool
+    done : bool
         Whether the LayerNorm took that dropout along.
     """
 
     dtype: torch.dtype
     p: float = 0.0
     seed: Tensor | None = None
-    dropped: bool = False
+    done: bool = False
 
 
 class Gathered(StandIn):
@@ -84,7 +84,7 @@ class Gathered(StandIn):
         if self._tensor is not None or used_again or gamma.requires_grad:
             return ops.layer_norm(self.tensor(), gamma, beta, eps)
         to = self._onward
-        to.dropped = True
+        to.done = True
         given = self._ids, self._tables, gamma, beta, to.p, to.seed, eps, to.dtype
         return embedding_layer_norm(*given)
 
@@ -140,7 +140,7 @@ class Dropout(nn.Dropout):
         onward = self._onward
         if onward is None or onward.seed is None:
             return dropout(x, self.p, new_seed(x.device))
-        return x if onward.dropped else dropout(x, onward.p, onward.seed)
+        return x if onward.done else dropout(x, onward.p, onward.seed)
 
 
 #: What takes the place of modules of the embeddings.

@@ -56,7 +56,7 @@ class Encoder:
         Whether there is a projection between embeddings and layers.
     reads_padding : bool
         Whether the head looks at tokens of padding, which then are computed, too.
-    packing, beta, seeds, dropped
+    packing, beta, rates, seeds
         Of the batch that is running.
     dtype : torch.dtype, optional
         Of the embeddings of that batch, which the model goes on with behind the layers, where
@@ -79,8 +79,8 @@ class Encoder:
     reads_padding: bool = False
     packing: Packing | None = None
     beta: nn.Parameter | None = None
+    rates: list[float] | None = None
     seeds: Tensor | None = None
-    dropped: float = 0.0
     dtype: torch.dtype | None = None
     fixed: tuple[Packing, dict[str, Tensor]] | None = None
 
@@ -93,15 +93,24 @@ class Encoder:
         return made
 
     def write_to(self, arena: Arena | None) -> None:
-        """Add gradients where an arena has them, from now on; None hands them to autograd."""
+        """Add gradients where an arena has them, from now on; None hands them to autograd.
+
+        It hands on those of parameters that have hooks now, which would not be called otherwise.
+        """
         if arena is None:
             self.sinks = None
             return
-        straight = {n for n, p in arena.parameters.items() if not _hooked(p)}
+        straight = {n for n, p in arena.parameters.items() if not hooked(p)}
         self.sinks = [
             None if name is None or name not in straight else arena.view(name, arena.gradients)
             for name in (*self.names, self.embedding_name)
         ]
+
+    @property
+    def written(self) -> set[str]:
+        """Names of the layers' biases whose gradients go where `write_to` said."""
+        named = zip(self.names, self.sinks or ())
+        return {name for name, sink in named if name is not None and sink is not None}
 
     @property
     def biases(self) -> list[Tensor | None]:
@@ -112,15 +121,14 @@ class Encoder:
     def running(self, packing: Packing) -> Iterator[None]:
         """Let the layers run as the stack, on a batch packed like this."""
         self.weights.check()
-        dropout, p = self._dropout()
-        if p or any(dropouts(self.stack)):
+        dropout, p, knows = self._dropout()
+        self.rates = dropouts(self.stack)
+        if p or any(self.rates):
             self.seeds = new_seeds(self.stack, packing.device)
-        own = type(dropout) is Dropout and not hooked(dropout)
-        knows = own or not p
         norm, tables = self._embedding_norm() if knows else None, waiting_tables(self.embeddings)
         onward = Onward(self.stack.dtype)
         told: list[tuple[Any, str, Any]] = [(table, "_onward", onward) for table in tables]
-        if own and p and self.seeds is not None:
+        if p and self.seeds is not None:
             onward.p, onward.seed = p, seed_at(self.seeds, INPUT)
             told.append((dropout, "_onward", onward))
         if tables:
@@ -129,7 +137,7 @@ class Encoder:
                 # what is between the LayerNorm and the layers has the model's dtype
                 onward.dtype = self.dtype
         if norm is not None:
-            self.beta, self.dropped = norm.bias, onward.p
+            self.beta, self.rates[INPUT] = norm.bias, p
             told.append((norm, "_leaves_bias", True))
         self.packing = packing
         for module, name, value in told:
@@ -137,8 +145,7 @@ class Encoder:
         try:
             yield
         finally:
-            self.packing = self.beta = self.seeds = self.dtype = None
-            self.dropped = 0.0
+            self.packing = self.beta = self.rates = self.seeds = self.dtype = None
             for module, name, _ in told:
                 delattr(module, name)
 
@@ -169,10 +176,18 @@ class Encoder:
             return None
         return norm if norm.bias.requires_grad and torch.is_grad_enabled() else None
 
-    def _dropout(self) -> tuple[Any, float]:
-        """Return the dropout at the end of the embeddings, and its probability now."""
+    def _dropout(self) -> tuple[Any, float, bool]:
+        """Return the dropout at the end of the embeddings, its probability, and what is known.
+
+        That is whether it drops elements by a seed that it is told, or none; the probability is 0
+        otherwise.
+        """
         dropout = getattr(self.embeddings, "dropout", None)
-        return dropout, 0.0 if dropout is None else Rate(dropout, "p")()
+        if type(dropout) is Dropout and not hooked(dropout):
+            return dropout, Rate(dropout, "p")(), True
+        if isinstance(dropout, nn.Dropout):
+            return None, 0.0, not (dropout.training and dropout.p)
+        return None, 0.0, dropout is None or type(dropout) is nn.Identity
 
     def run(self, module: Any, hidden: Tensor) -> Tensor:
         """Run the stack on `[1, T, d]` packed or `[B, S, d]` unpadded embeddings."""
@@ -193,11 +208,6 @@ class Encoder:
         overwrites, self.overwrites = self.overwrites, False
         y = run_stack(
             self.stack, rows, self.biases, packing, bias, self.beta, self.sinks, dtype,
-            overwrites, self.seeds, self.dropped,
+            overwrites, self.rates, self.seeds,
         )  # fmt: skip
         return y[:, None] if self.stack.first_only else packing.pad(y)
-
-
-def _hooked(parameter: nn.Parameter) -> bool:
-    """Return whether somebody waits for autograd to bring a parameter's gradient."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -46,8 +46,7 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
         run.keep(x)
     number = 0
     while number <= last:
-        whole = range(number, last + 1 - stack.first_only)
-        if of_layers := together.weights(run, whole, y, "forward"):
+        if of_layers := together.weights(run, range(number, last + 1), y, "forward"):
             y = residual = together.forward(run, number, of_layers, y)
         else:
             y, residual = _layer(run, number, y, residual)
@@ -59,7 +58,7 @@ def _layer(run: Run, number: int, y: Tensor, residual: Tensor) -> tuple[Tensor, 
     """Return what the next layer takes, and the residual that goes on."""
     stack, last = run.stack, len(run.stack.layers) - 1
     layer, rows = stack.layers[number], None
-    if stack.first_only and number == last:
+    if stack.computes_first(number):
         rows = y.index_select(0, run.packing.first)
         same = residual is y
         residual = rows if same else residual.index_select(0, run.packing.first)
@@ -151,11 +150,11 @@ def _feed_forward(run: Run, number: int, y: Tensor) -> Tensor:
 
 def project(run: Run, number: int, x: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
     """Return q, k and v in one tensor; or q of some rows, first tokens, and k and v."""
-    qkv, width = run.stack.layers[number].qkv, run.stack.width
     if rows is None:
-        return (qkv(x, run.qkv_bias(number, 0, 3)),)
-    kv = qkv.part(width, 3 * width)(x, run.qkv_bias(number, 1, 3))
-    return qkv.part(0, width)(rows, run.qkv_bias(number, 0, 1)), kv
+        return (run.stack.layers[number].qkv(x, run.qkv_bias(number, 0, 3)),)
+    of_q, of_kv = run.stack.first_products()
+    kv = of_kv(x, run.qkv_bias(number, 1, 3))
+    return of_q(rows, run.qkv_bias(number, 0, 1)), kv
 
 
 def apart(stack: Stack, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import listed
 from ..models.families import StackRow
-from .parts import base_of
+from .parts import base_of, hooks_on
 
 __all__ = ["fixed_refusal", "reads_first_only", "reads_padding"]
 
@@ -37,6 +38,8 @@ def fixed_refusal(model: nn.Module) -> str | None:
         return f"{head} may look at the padded batch"
     if config.output_hidden_states or config.output_attentions:
         return "hidden states or attentions are asked for"
+    if found := hooks_on(model):
+        return f"there are hooks on {listed(found, 3)}"
     return None
 
 

@@ -32,8 +32,8 @@ def run_stack(
     sinks: Sequence[Tensor | None] | None = None,
     dtype: torch.dtype | None = None,
     overwrites: bool = False,
+    rates: Sequence[float] | None = None,
     seeds: Tensor | None = None,
-    dropped: float = 0.0,
 ) -> Tensor:
     """Run all layers.
 
@@ -61,10 +61,11 @@ def run_stack(
         Of the output; by default that of `x`.
     overwrites : bool
         Whether gradients take the place of what is in the sinks.
+    rates : sequence of float, optional
+        The probability of each dropout, by place; that of the input is the one with which a dropout
+        behind that LayerNorm dropped elements. By default those of the stack now.
     seeds : Tensor, optional
-        Of all dropouts; by default they are drawn.
-    dropped : float
-        Probability with which a dropout behind that LayerNorm dropped elements.
+        Theirs, as `new_seeds` draws them; by default they are drawn.
 
     Returns
     -------
@@ -72,7 +73,7 @@ def run_stack(
         `[T, d]`, or `[B, d]` with `first_only`. It cannot be differentiated twice.
     """
     grad, dtype = torch.is_grad_enabled(), dtype or x.dtype
-    given = stack, packing, score_bias, sinks, dtype, overwrites, grad, seeds, dropped
+    given = stack, packing, score_bias, sinks, dtype, overwrites, grad, rates, seeds
     with torch.autocast(x.device.type, enabled=False):
         return _Layers.apply(given, x, embedding_beta, *biases)
 
@@ -86,9 +87,9 @@ class _Layers(torch.autograd.Function):
         embedding_beta: Tensor | None,
         *biases: Tensor | None,
     ) -> Tensor:
-        stack, packing, score_bias, sinks, dtype, overwrites, grad, seeds, dropped = given
+        stack, packing, score_bias, sinks, dtype, overwrites, grad, rates, seeds = given
         keeps = grad and any(ctx.needs_input_grad)
-        run = Run(stack, packing, score_bias, biases, dtype, keeps, seeds, dropped)
+        run = Run(stack, packing, score_bias, biases, dtype, keeps, rates, seeds)
         out = forward_pass(run, x.to(stack.dtype))
         if keeps:
             ctx.run, ctx.dtype, ctx.embedding_beta = run, x.dtype, embedding_beta
@@ -103,7 +104,7 @@ class _Layers(torch.autograd.Function):
         _, needs_input, needs_embedding_beta, *needs = ctx.needs_input_grad
         count = len(needs)
         run.restore(tensors[: len(tensors) - count], tensors[len(tensors) - count :])
-        # what a layer kept is to be freed behind it, unless there will be another backward pass
+        # what layers kept is to be freed behind them, unless there will be another backward pass
         del tensors
         if not torch.compiler.is_compiling():
             ctx.maybe_clear_saved_tensors()

@@ -55,7 +55,6 @@ class Product:
         #: For our own kernels: the weight as they take it in the forward and the backward pass,
         #: None where others are as fast.
         self._packed: dict[str, Any] = {}
-        self._parts: dict[tuple[int, int], Product] = {}
         #: Of a part: the product that it is a part of, and which rows of it.
         self._whole: tuple[Product, int, int] | None = None
 
@@ -160,8 +159,7 @@ class Product:
         return linear_activation_bwd(dz, self.weight, kept, b, act)
 
     def part(self, first: int, last: int) -> Product:
-        """Return the product with some rows of the weight, the same one each time."""
-        if (made := self._parts.get((first, last))) is None:
-            made = self._parts[first, last] = Product(self.weight[first:last])
-            made._whole = self, first, last
+        """Return the product with some rows of the weight, which shares what is packed."""
+        made = Product(self.weight[first:last])
+        made._whole = self, first, last
         return made

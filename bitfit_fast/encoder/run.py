@@ -12,7 +12,7 @@ from ..kernels.tiles import Norm
 from ..ops.dropout import new_seed
 from ..packing import Packing
 from . import sums
-from .depth import END, INPUT, MIDDLE, QKV, place
+from .depth import END, MIDDLE, QKV, place
 from .stack import KEY, QUERY, ROLES, VALUE, Stack
 
 __all__ = ["SEEDS_APART", "Run", "dropouts", "new_seeds", "seed_at"]
@@ -43,10 +43,10 @@ def new_seeds(stack: Stack, device: torch.device) -> Tensor:
         int64, one for each place. Each is there twice, so that all begin at 16 bytes: kernels
         compile for what does, or does not.
     """
-    if stack.apart is None or stack.apart.device != device:
+    if stack.seeds_apart is None or stack.seeds_apart.device != device:
         places = torch.arange(place(len(stack.layers), 0), device=device)
-        stack.apart = SEEDS_APART * places.repeat_interleave(2)
-    return new_seed(device) + stack.apart
+        stack.seeds_apart = SEEDS_APART * places.repeat_interleave(2)
+    return new_seed(device) + stack.seeds_apart
 
 
 def seed_at(seeds: Tensor, at: int) -> Tensor:
@@ -71,10 +71,10 @@ class Run:
         Of the output.
     keeps : bool
         Whether there may be a backward pass.
+    rates : sequence of float, optional
+        The probability of each dropout, by place; by default those of the stack now.
     seeds : Tensor, optional
-        Of the dropouts, as `new_seeds` draws them; by default they are drawn.
-    dropped : float
-        Probability with which elements of the input were dropped already.
+        Theirs, as `new_seeds` draws them; by default they are drawn.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Run:
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
         keeps: bool,
+        rates: Sequence[float] | None = None,
         seeds: Tensor | None = None,
-        dropped: float = 0.0,
     ) -> None:
         self.stack, self.packing, self.score_bias = stack, packing, score_bias
         self.biases, self.dtype, self.keeps = biases, dtype, keeps
@@ -95,21 +95,26 @@ class Run:
         #: Whether the last LayerNorm casts to the output's dtype, and from it
         self.casts = False
         #: The probability of each dropout, by place
-        self.dropouts = dropouts(stack)
-        self.dropouts[INPUT] = dropped
+        self.dropouts = dropouts(stack) if rates is None else rates
         if seeds is None and any(self.dropouts):
             seeds = new_seeds(stack, packing.device)
         self._seeds = seeds
+        #: The same one by one, once they are asked for
+        self._each: Sequence[Tensor] | None = None
         self._numbers: list[int] | None = None
         self._joined: Tensor | None = None
 
     def drop(self, at: int) -> tuple[float, Tensor | None]:
         """Return probability and seed of the dropout at a place."""
-        p, seeds = self.dropouts[at], self._seeds
-        return p, None if not p or seeds is None else seed_at(seeds, at)
+        p = self.dropouts[at]
+        if not p or self._seeds is None:
+            return p, None
+        if self._each is None:
+            self._each = self._seeds[::2].split(1)
+        return p, self._each[at]
 
-    def number(self, at: int) -> tuple[float, int | None]:
-        """Return the same, with a seed on a CPU as the number that it is."""
+    def drop_on_cpu(self, at: int) -> tuple[float, int | None]:
+        """Return the same, with the seed as the number that it is."""
         p = self.dropouts[at]
         if not p or self._seeds is None:
             return p, None
@@ -123,7 +128,7 @@ class Run:
         for junction, part in ((layer.middle, MIDDLE), (layer.end, END)):
             assert junction.gamma is not None
             beta, bias = self.bias(junction.beta), self.bias(junction.bias)
-            drop = self.number(place(number, part))
+            drop = self.drop_on_cpu(place(number, part))
             found.append(Norm(junction.gamma, beta, bias, junction.eps, *drop))
         return found[0], found[1]
 
@@ -189,4 +194,4 @@ class Run:
 
     def release(self) -> None:
         """Let go of tensors."""
-        self.kept, self.biases, self._joined = [], (), None
+        self.kept, self.biases, self._joined, self._each = [], (), None, None

@@ -146,7 +146,7 @@ class Stack:
         Whether the last layer computes only the rows of first tokens, all that the head reads.
     stops : bool
         Whether the backward pass ends at the lowest parameter that trains.
-    apart : Tensor, optional
+    seeds_apart : Tensor, optional
         How far the seeds of a forward pass lie from the first, once one was drawn; see
         `run.new_seeds`.
     """
@@ -159,7 +159,8 @@ class Stack:
     memory: str = "fast"
     first_only: bool = False
     stops: bool = True
-    apart: Tensor | None = field(default=None, repr=False, compare=False)
+    seeds_apart: Tensor | None = field(default=None, repr=False, compare=False)
+    _first: tuple[Product, Product] | None = field(default=None, repr=False, compare=False)
 
     @property
     def width(self) -> int:
@@ -195,14 +196,36 @@ class Stack:
     def whole_weights(self, number: int, which: str) -> tuple[Any, ...] | None:
         """Return all of a layer's weights where a CPU runs all of it in one call; else None.
 
-        Parameters are those of `end_weights`, of a CPU whose kernels are used.
+        The first of the five is that of the queries, where only first tokens have some, and None
+        elsewhere. That the CPU's kernels are used is known.
+
+        Parameters
+        ----------
+        number : int
+            Of the layer.
+        which : str
+            The `forward` or the `backward` pass.
         """
         if self.pre_norm or self.recomputes:
             return None
         layer = self.layers[number]
-        products = layer.qkv, layer.out, layer.up, layer.down
+        first = self.first_products() if self.computes_first(number) else (layer.qkv,)
+        products = (*first, layer.out, layer.up, layer.down)
         weights = tuple(product.packed_for_cpu(which) for product in products)
-        return None if any(weight is None for weight in weights) else weights
+        if any(weight is None for weight in weights):
+            return None
+        return weights if len(first) == 2 else (None, *weights)
+
+    def first_products(self) -> tuple[Product, Product]:
+        """Return the last layer's products for q, and for k and v."""
+        if self._first is None:
+            qkv, width = self.layers[-1].qkv, self.width
+            self._first = qkv.part(0, width), qkv.part(width, 3 * width)
+        return self._first
+
+    def computes_first(self, number: int) -> bool:
+        """Return whether a layer computes first tokens only."""
+        return self.first_only and number == len(self.layers) - 1
 
     def bytes_kept(self, tokens: int, memory: str | None = None) -> int:
         """Return how much the layers keep of a batch for the backward pass, in bytes."""

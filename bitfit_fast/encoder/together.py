@@ -28,7 +28,7 @@ def weights(run: Run, numbers: Iterable[int], x: Tensor, which: str) -> list[tup
     run : Run
         What they belong to.
     numbers : iterable of int
-        Of layers that compute all rows.
+        Of the layers.
     x : Tensor
         What the first one is given.
     which : str
@@ -47,31 +47,36 @@ def weights(run: Run, numbers: Iterable[int], x: Tensor, which: str) -> list[tup
 
 
 def _heads(run: Run) -> kernel.Heads:
-    return kernel.Heads(run.stack.heads, run.packing.starts, run.score_bias)
+    packing = run.packing
+    starts, each, first_tokens = packing.starts, packing.each, len(packing.first)
+    return kernel.Heads(run.stack.heads, starts, each, first_tokens, run.score_bias)
 
 
-def _layers(run: Run, numbers: Sequence[int], of_layers: list[Any]) -> list[kernel.Layer]:
+def _layers(
+    run: Run, numbers: Sequence[int], of_layers: list[Any], backward: bool
+) -> list[kernel.Layer]:
     """Return what the kernel is told of layers in this batch."""
-    return [
-        kernel.Layer(
-            of_layer,
-            run.qkv_bias(number, 0, 3),
-            run.biases[number * len(ROLES) + UP],
-            run.norms(number),
-            *run.number(place(number, QKV)),
-        )
-        for number, of_layer in zip(numbers, of_layers)
-    ]
+    made = []
+    for number, (q, *others) in zip(numbers, of_layers):
+        q_b = qkv_b = None
+        if not backward:
+            qkv_b = run.qkv_bias(number, int(q is not None), 3)
+            q_b = None if q is None else run.qkv_bias(number, 0, 1)
+        biases = q_b, qkv_b, run.biases[number * len(ROLES) + UP]
+        dropout = run.drop_on_cpu(place(number, QKV))
+        made.append(kernel.Layer(q, tuple(others), *biases, run.norms(number), *dropout))
+    return made
 
 
 def forward(run: Run, first: int, of_layers: list[tuple[Any, ...]], x: Tensor) -> Tensor:
     """Run layers from `first` on, and keep what the backward pass takes."""
     stack = run.stack
-    layers = _layers(run, range(first, first + len(of_layers)), of_layers)
+    layers = _layers(run, range(first, first + len(of_layers)), of_layers, backward=False)
     act, few_bits = stack.layers[first].act, stack.memory == "low"
     y, kept = kernel.layers_fwd(x.contiguous(), layers, _heads(run), act, few_bits, run.keeps)
-    for qkv, hat, rstd, slope, end_hat, end_rstd in kept:
-        run.keep(qkv, hat, None, rstd, slope, end_hat, None, end_rstd)
+    for q, qkv, hat, rstd, slope, end_hat, end_rstd in kept:
+        projected = (qkv,) if q is None else (q, qkv)
+        run.keep(*projected, hat, None, rstd, slope, end_hat, None, end_rstd)
     return y
 
 
@@ -80,18 +85,19 @@ def backward(
 ) -> Tensor:
     """Run the backward pass of layers from `first` on downwards; return the gradient below."""
     numbers = range(first, first - len(of_layers), -1)
-    layers, kept, indices = _layers(run, numbers, of_layers), [], []
+    layers, kept, indices = _layers(run, numbers, of_layers, backward=True), [], []
     for number in numbers:
         qkv, hat, _, rstd, slope, end_hat, _, end_rstd = run.taken(8)
-        kept.append((qkv, hat, rstd, slope, end_hat, end_rstd))
+        q = run.taken(1)[0] if run.stack.computes_first(number) else None
+        kept.append((q, qkv, hat, rstd, slope, end_hat, end_rstd))
         layer, at = run.stack.layers[number], number * len(ROLES)
         ends = layer.end.beta, layer.end.bias, at + UP, layer.middle.beta, layer.middle.bias
-        indices.append((*ends, at + QUERY, at + VALUE, at + KEY))
-    needs = [[gradients.needed(index) for index in of_layer[:-1]] for of_layer in indices]
+        indices.append((*ends, at + QUERY, at + KEY, at + VALUE))
+    needs = [[gradients.needed(index) for index in of_layer] for of_layer in indices]
     act = run.stack.layers[first].act
-    dx, sums = kernel.layers_bwd(dy.contiguous(), layers, _heads(run), act, kept, needs)
-    for of_layer, found in zip(indices, sums):
-        for index, gradient in zip(of_layer, found):
+    dx, found = kernel.layers_bwd(dy.contiguous(), layers, _heads(run), act, kept, needs)
+    for of_layer, gradients_of_layer in zip(indices, found):
+        for index, gradient in zip(of_layer, gradients_of_layer):
             if gradient is not None:
                 gradients.note(index, gradient)
     return dx

@@ -2,7 +2,7 @@
 
     y = dropout(LayerNorm(sum over t of tables[t][ids[t]]))
 
-Only the LayerNorm's bias can train; its gradient is a sum of that of y, over what is kept of it.
+Only the LayerNorm's bias can train; its gradient is the sum of that of y, through the dropout.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class FastStep:
 
     def _without_gradient(self) -> list[nn.Parameter]:
         """Take away the gradients that autograd will make, to find what gets none."""
-        inside = set() if self.encoder is None else set(self.encoder.names)
+        inside = set() if self.encoder is None else self.encoder.written
         outside = [p for name, p in self.arena.parameters.items() if name not in inside]
         for parameter in outside:
             parameter.grad = None

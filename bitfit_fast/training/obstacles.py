@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as hooks_of_all
 from transformers import Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import is_sagemaker_mp_enabled
 
-from ..encoder import refusal
+from ..encoder import hooks_on, refusal
 from ..errors import listed
 
 __all__ = ["capture_obstacle", "checkpoints", "encoder_obstacle", "manager"]
@@ -24,7 +23,6 @@ _INSIDE = (
     "_prepare_inputs",
     "_prepare_context_parallel_inputs",
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def manager(trainer: Any) -> str | None:
@@ -56,23 +54,6 @@ def checkpoints(args: Any) -> bool:
     return bool(args.gradient_checkpointing if asked is None else asked)
 
 
-def _hooked(model: nn.Module) -> list[str]:
-    """Return what has hooks, which a replay would not call."""
-    found = [
-        name or "the model"
-        for name, module in model.named_modules()
-        for hooks in _HOOKS
-        for hook in getattr(module, hooks).values()
-        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "bitfit_fast."))
-    ]
-    found += [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-    ]
-    return [*found, "all modules"] if hooks_of_all._has_any_global_hook() else found
-
-
 def capture_obstacle(trainer: Any, model: nn.Module) -> str | None:
     """Return why the passes of a model cannot be captured, or None."""
     args, kind = trainer.args, type(trainer)
@@ -81,7 +62,7 @@ def capture_obstacle(trainer: Any, model: nn.Module) -> str | None:
         for name in _INSIDE
         if name in vars(trainer) or getattr(kind, name, None) is not getattr(Trainer, name, None)
     ]
-    hooked = _hooked(trainer.model)
+    hooked = hooks_on(trainer.model)
     reasons = {
         f"the model is wrapped in {type(model).__name__}": model is not trainer.model,
         "compute_loss_func computes the loss": trainer.compute_loss_func is not None,

@@ -125,6 +125,21 @@ def test_everything_else_takes_the_models_own_way(change, build, batch, measure,
         assert found["bert.embeddings.word_embeddings.weight"].norm() > 0
 
 
+@pytest.mark.parametrize("terms", ["all", "query"])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_dropout_may_be_replaced(family, terms, build, batch, measure, gathered):
+    model = build(family, hidden_dropout_prob=0.1)
+    select(model, terms)
+    model.base_model.embeddings.dropout = torch.nn.Identity()
+    patch_encoder(model, precision="fp32")
+    inputs = batch(model)
+    found = []
+    for waits in (False, True):
+        gathered(waits)
+        found.append(measure(model, inputs))
+    assert_close(found[1], found[0])
+
+
 def test_hidden_states_are_those_of_the_model(patched, batch, gathered):
     model = patched("bert")
     seen = gathered(True)

@@ -7,6 +7,8 @@ from bitfit_fast import patch_encoder, select
 from bitfit_fast.arena import Arena
 from bitfit_fast.encoder import backward, encoder_of, sums
 from bitfit_fast.encoder.sums import Sums
+from bitfit_fast.training.fast import FastStep
+from bitfit_fast.training.settings import Plan
 
 TERMS = ["all", "query", "value,output", "attention-layernorm,intermediate", "embedding-layernorm"]
 
@@ -141,12 +143,15 @@ def test_hooks_on_a_bias_see_its_gradient(build, batch, deferred, name, on):
         bias = model.bert.get_submodule(name).bias
         if factor > 1:
             bias.register_hook(lambda gradient, factor=factor: factor * gradient)
-        arena = Arena({n: p for n, p in model.named_parameters() if p.requires_grad})
-        encoder_of(model).write_to(arena)
-        torch.manual_seed(0)
-        model(**batch(model)).loss.backward()
-        arena.check()
+        plan = Plan(9, 3, 0, 3, 0.0, "constant", "fp32", 1e9, 6, 16, torch.device("cpu"))
+        step = FastStep(model, plan)
+        for _ in range(2):  # gradients of the second step are not added to those of the first
+            torch.manual_seed(0)
+            step(batch(model))
+        arena = step.arena
         found.append({n: arena.view(n, arena.gradients).clone() for n in arena.slices})
+        steps = step.of_fixed_size(after=0)
+        assert ("hooks on" in (steps.refusal or "")) == (factor > 1)
     found[1][f"bert.{name}.bias"] /= 3
     assert_close(found[1], found[0])
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from bitfit_fast import patch_encoder, select, unpatch
-from bitfit_fast.encoder import encoder_of, together
+from bitfit_fast.encoder import LENGTHS, encoder_of, together
 from bitfit_fast.encoder.stack import Stack
 from bitfit_fast.kernels import native
 from bitfit_fast.models.families import biases
+from bitfit_fast.training.fixed import FixedSteps
 
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
 CHANGES = {
@@ -57,15 +58,13 @@ def test_loss_and_gradients(
         assert ("linear" in tiles) == ours
         assert not {"layers_fwd", "layers_bwd", "layer_end", "layer_end_bwd"} & set(tiles)
         return
-    # a layer that computes first tokens only goes step by step, and so does one in which the
-    # backward pass ends
-    first = encoder_of(each.model).stack.first_only
-    ends = encoder_of(each.model).embedding_name is not None and family != "electra"
+    # a layer in which the backward pass ends goes step by step
+    ends = family != "electra"
     for which, ended in (("fwd", 0), ("bwd", ends)):
         assert tiles.count(f"layers_{which}") == 1
-        assert tiles.count(f"attention_{which}") == first + ended
-    assert tiles.count("layer_end") == first
-    assert tiles.count("layer_end_bwd") == first + ends
+        assert tiles.count(f"attention_{which}") == ended
+    assert tiles.count("layer_end") == 0
+    assert tiles.count("layer_end_bwd") == ends
 
 
 @of_both_precisions
@@ -130,13 +129,44 @@ def test_layers_in_one_call_are_those_one_by_one(
     found = measure(model, inputs)
     called = "layers_fwd" in tiles, "layers_bwd" in tiles
     assert called == (memory in ("fast", "low"),) * 2
-    logits = model.eval()(**inputs).logits
-    monkeypatch.setattr(together, "weights", lambda *args: [])
     with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+        assert torch.isfinite(logits).all()
+        monkeypatch.setattr(together, "weights", lambda *args: [])
         assert torch.equal(model(**inputs).logits, logits)
     expected = measure(model.train(), inputs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_sequences_that_fill_a_budget_change_nothing(
+    backend, tiles, build, batch, measure, as_exact
+):
+    model = build("bert", **WIDE)
+    select(model)
+    patch_encoder(model, precision="bf16")
+    inputs = batch(model)
+    expected = measure(model, inputs)
+    tiles.clear()
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    taken = []
+
+    def step(given, lr):
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss = model(**given).loss
+        loss.backward()
+        taken.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        return loss.detach()
+
+    model.train()
+    steps = FixedSteps(model, encoder_of(model), step, (128,), torch.device("cpu"), after=0)
+    loss = steps({**inputs, LENGTHS: tuple(lengths)})
+    assert loss is not None and {"layers_fwd", "layers_bwd"} <= set(tiles)
+    torch.testing.assert_close(loss, expected["loss"], rtol=2.0**-7, atol=0)
+    for name, gradient in taken[-1].items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 2.0**-6, name
 
 
 @of_both_precisions

@@ -20,7 +20,7 @@ from transformers import (
 
 import bitfit_fast
 from bitfit_fast import BitFitError, BitFitTrainer
-from bitfit_fast.encoder import backward, forward, product
+from bitfit_fast.encoder import backward, forward, product, together
 from bitfit_fast.errors import BitFitWarning
 from bitfit_fast.training.fixed import CannotCapture, FixedSteps
 
@@ -314,7 +314,8 @@ def _no_gradient(do, q, k, v, packing, p, seed, bias, needs_kv=True):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_pass_reads_no_tensor_on_the_way(train, bf16, monkeypatch):
     # products for CPUs read seeds, and attention where sequences begin; a GPU's kernels do not
-    monkeypatch.setattr(product, "_takes_tiles", lambda rows, weight: False)
+    monkeypatch.setattr(product.Product, "packed", lambda self, rows, which: None)
+    monkeypatch.setattr(together, "weights", lambda *args: [])
     monkeypatch.setattr(forward, "attention_fwd", lambda q, *_: torch.zeros_like(q))
     monkeypatch.setattr(backward, "attention_bwd", _no_gradient)
     waits = Waits()
