@@ -148,6 +148,35 @@ void drop_rows(const X* x, int64_t stride, X* y, int64_t rows, int64_t columns,
     });
 }
 
+// --------------------------------------------------------------------------------- embeddings
+
+// y = dropout(LayerNorm(sum over t of tables[t][ids[t]])); all ids have their rows.
+template <class Y>
+void embedding_layer_norm(const float* const* tables, const int64_t* const* ids, int count,
+                          const float* gamma, const float* beta, Y* y, int64_t rows,
+                          int64_t columns, double eps, const Dropout& like, int threads) {
+    each_block(rows, threads, [&](int64_t first, int64_t last, int64_t) {
+        Mask drop(like, columns);
+        Buffer<float> buffer(2 * room(columns));
+        float *s = buffer.data, *hat = s + room(columns);
+        for (int64_t i = first; i < last; i++) {
+            sweep(columns, [&](int64_t j, auto at) {
+                Floats v = at.load(tables[0] + ids[0][i] * columns + j);
+                for (int t = 1; t < count; t++) v += at.load(tables[t] + ids[t][i] * columns + j);
+                at.store(s + j, v);
+            });
+            LayerNorm<float, float, float>{s,       0,       nullptr, nullptr, 0,
+                                           gamma,   beta,    hat,     nullptr, nullptr,
+                                           nullptr, nullptr, columns, eps,     {}}(0, 1);
+            if (like.threshold) drop.row(i, columns);
+            sweep(columns, [&](int64_t j, auto at) {
+                Floats v = at.load(hat + j);
+                at.store(y + i * columns + j, like.threshold ? drop(v, j) : v);
+            });
+        }
+    });
+}
+
 }  // namespace
 
 // --------------------------------------------------------- what native.py calls: dtype codes
@@ -271,6 +300,25 @@ void bitfit_dropout(int type, void* x, int64_t stride, void* y, int64_t rows, in
     Dropout drop{threshold, scale, seed, rounds};
     WITH_TYPE(type, X,
               drop_rows<X>(of<X>(x), stride, of<X>(y), rows, columns, drop, threads))
+}
+
+// `lacking` becomes the number of a table that has no row for one of its ids, and nothing is done.
+void bitfit_embedding_layer_norm(int type, const float* const* tables, const int64_t* const* ids,
+                                 const int64_t* sizes, int count, const float* gamma,
+                                 const float* beta, void* y, int64_t rows, int64_t columns,
+                                 double eps, int* lacking, int threshold, float scale,
+                                 int64_t seed, int rounds, int threads) {
+    for (int t = 0; t < count; t++)
+        for (int64_t i = 0; i < rows; i++)
+            if (ids[t][i] < 0 || ids[t][i] >= sizes[t]) {
+                *lacking = t;
+                return;
+            }
+    Dropout drop{threshold, scale, seed, rounds};
+    WITH_TYPE(type, Y, {
+        embedding_layer_norm<Y>(tables, ids, count, gamma, beta, of<Y>(y), rows, columns, eps, drop,
+                                threads);
+    })
 }
 
 void bitfit_kept(uint8_t* out, int64_t rows, int64_t columns, int threshold, int64_t seed,

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,6 +32,7 @@ __all__ = [
     "activation_fwd",
     "column_sum",
     "dropout",
+    "embedding_layer_norm",
     "gather",
     "has_matrix_units",
     "has_tiles",
@@ -77,6 +79,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "spread": (_I, _I, _P, _L, _P, _P, _P, *[_L] * 4, _I),
     "column_sum": (_I, _P, _L, _P, _L, _L, *_DROPOUT, _I),
     "dropout": (_I, _P, _L, _P, _L, _L, *_DROPOUT, _I),
+    "embedding_layer_norm": (_I, _P, _P, _P, _I, *[_P] * 3, _L, _L, _D, _P, *_DROPOUT, _I),
     "kept": (_P, _L, _L, _I, _L, _I, _I),
 }
 #: Of those that are there where `has_tiles` is true: what attention is told, and all of them.
@@ -374,6 +377,48 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     shape = (x.stride(0), y.data_ptr(), *x.shape)
     _call("dropout", DTYPES[x.dtype], x.data_ptr(), *shape, *_dropped(p, seed))
+    return y
+
+
+def embedding_layer_norm(
+    gamma: Tensor,
+    beta: Tensor | None,
+    ids: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    p: float,
+    seed: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return `[M, N]`: rows of contiguous fp32 tables added up, normalised and dropped out.
+
+    Raises
+    ------
+    IndexError
+        If a table has no row for one of its ids, as PyTorch does.
+    """
+    rows, columns = len(ids[0]), tables[0].shape[1]
+    y = gamma.new_empty(rows, columns, dtype=dtype)
+    gamma, beta, ids = _vector(gamma), _vector(beta), [index.contiguous() for index in ids]
+    count, lacking = len(tables), ctypes.c_int(-1)
+    tables_at, ids_at = ((_P * count)(*map(_pointer, some)) for some in (tables, ids))
+    sizes = (_L * count)(*map(len, tables))
+    _call(
+        "embedding_layer_norm",
+        DTYPES[dtype],
+        *(ctypes.addressof(table) for table in (tables_at, ids_at, sizes)),
+        count,
+        gamma.data_ptr(),
+        _pointer(beta),
+        y.data_ptr(),
+        rows,
+        columns,
+        eps,
+        ctypes.addressof(lacking),
+        *_dropped(p, seed),
+    )
+    if lacking.value >= 0:
+        raise IndexError(f"an id is out of range for a table of {sizes[lacking.value]} rows")
     return y
 
 

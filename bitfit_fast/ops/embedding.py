@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..kernels._constants import MAX_COLUMNS
 from ._autograd import as_rows, contiguous, once, operation, shaped
-from ._backend import uses_triton
+from ._backend import uses_native, uses_triton
 from .column_sum import column_sum
 from .dropout import drawn
 
@@ -24,8 +24,16 @@ __all__ = ["embedding_layer_norm", "gathers"]
 
 
 def gathers(table: Tensor) -> bool:
-    """Return whether a table's rows are worth leaving to one kernel, which saves launches."""
-    return uses_triton(table, most=MAX_COLUMNS)
+    """Return whether there is a kernel to which a table's rows may be left.
+
+    That saves launches, and on a CPU time between calls.
+    """
+    return uses_triton(table, most=MAX_COLUMNS) or _is_for_cpu(table)
+
+
+def _is_for_cpu(*tables: Tensor) -> bool:
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tables)
+    return plain and uses_native(*tables)
 
 
 def definition(
@@ -62,6 +70,10 @@ def _embedding_layer_norm(gamma, beta, ids, tables, p, seed, eps, dtype):
         tables = [t if t.stride(1) == 1 else t.contiguous() for t in tables]
         given = (gamma, beta, contiguous(*ids), tables, p, seed, eps, dtype)
         return kernel.embedding_layer_norm(*given)
+    if _is_for_cpu(*tables) and dtype in (torch.float32, torch.bfloat16):
+        from ..kernels import native
+
+        return native.embedding_layer_norm(gamma, beta, ids, tables, p, seed, eps, dtype)
     keep = drawn(ids[0].shape[0], tables[0].shape[1], p, seed)
     return definition(gamma, beta, ids, tables, p, keep, eps, dtype).contiguous()
 
