@@ -114,7 +114,8 @@ def test_the_whole_end_of_a_layer_is_its_steps(
         assert whole <= 2 * steps + 2**-7, (name, whole, steps)
 
 
-@pytest.mark.parametrize("terms", ["all", "query", "value", "output,attention-layernorm"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("terms", ["all", "query", "value,attention-layernorm"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 @pytest.mark.parametrize("head", HEADS)
@@ -127,8 +128,7 @@ def test_layers_in_one_call_are_those_one_by_one(
     patch_encoder(model, precision="bf16", memory=memory)
     inputs = batch(model)
     found = measure(model, inputs)
-    called = "layers_fwd" in tiles, "layers_bwd" in tiles
-    assert called == (memory in ("fast", "low"),) * 2
+    assert {"layers_fwd", "layers_bwd"} <= set(tiles)
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
         assert torch.isfinite(logits).all()
