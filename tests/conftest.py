@@ -1,10 +1,13 @@
 """Small models that every test can build in milliseconds, and the real data where it is."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 # read when triton and the hub's client are imported, which is below
 if not torch.cuda.is_available():
@@ -25,6 +28,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from bitfit_fast import select
 from bitfit_fast.kernels import native
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
@@ -132,3 +136,38 @@ def data_dir() -> Path:
     if not folder:
         pytest.skip("BITFIT_FAST_DATA does not name the folder of real data")
     return Path(folder)
+
+
+@pytest.fixture
+def of_two_processes(tmp_path):
+    """Check that two data-parallel processes, each with half of a batch, get the gradients of one.
+
+    `patched` is the word of `modules/two_processes.py` for what `patch` patches.
+    """
+    if not hasattr(os, "fork") or not torch.distributed.is_available():
+        pytest.skip("processes are forked, and torch's distributed part joins them")
+
+    def check(model, inputs, patched, patch):
+        model.save_pretrained(tmp_path)
+        save_file(inputs, tmp_path / "inputs.safetensors")
+        script = Path(__file__).parent / "modules" / "two_processes.py"
+        run = subprocess.run(
+            [sys.executable, script, tmp_path, patched],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stdout
+        select(model)
+        done = patch(model)
+        model(**inputs).loss.backward()
+        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert expected and not expected.keys() & set(done.no_gradient)
+        for rank in range(2):
+            found = load_file(tmp_path / f"gradients-{rank}.safetensors")
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        return done
+
+    return check

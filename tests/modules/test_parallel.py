@@ -1,46 +1,15 @@
 """Wrappers around a patched model: data parallelism, autocast, functional calls."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import bitfit_fast
 from bitfit_fast import patch, select
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch lacks its distributed part")
-def test_two_processes_get_the_gradients_of_one(build, batch, tmp_path):
+def test_two_processes_get_the_gradients_of_one(build, batch, of_two_processes):
     model = build("bert")
-    inputs = batch(model, rows=4)
-    torch.save(model, tmp_path / "model.pt")
-    torch.save(inputs, tmp_path / "inputs.pt")
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("two_processes.py"), tmp_path, "modules"],
-        env=os.environ | {"PYTHONPATH": str(Path(bitfit_fast.__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stdout
-
-    select(model)
-    done = patch(model)
+    done = of_two_processes(model, batch(model, rows=4), "modules", patch)
     assert len(done.no_gradient) == 2
-    model(**inputs).loss.backward()
-    for rank in range(2):
-        grads = torch.load(tmp_path / f"gradients-{rank}.pt")
-        for name, parameter in model.named_parameters():
-            if parameter.grad is None:
-                assert grads[name] is None, name
-            else:
-                torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
-        assert all(grads[name] is None for name in done.no_gradient)
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "vit", "gpt2", "opt", "deberta-v2"])

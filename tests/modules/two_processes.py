@@ -1,14 +1,16 @@
 """Take two steps of a patched model in two processes, each with half of a batch.
 
-`python two_processes.py FOLDER modules|encoder` reads `model.pt` and `inputs.pt` there, patches
-the one or the other, and writes what gradients each process ends with to `gradients-0.pt` and
-`gradients-1.pt`.
+`python two_processes.py FOLDER modules|encoder` reads a model's folder and `inputs.safetensors`
+there, patches the one or the other, and writes what gradients each process ends with to
+`gradients-0.safetensors` and `gradients-1.safetensors`.
 """
 
 import multiprocessing
 import sys
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,8 +34,8 @@ def train(rank, folder, patched, model, inputs):
     for _ in range(2):  # a gradient that never came is missed at the second
         model.zero_grad(set_to_none=True)
         wrapped(**half).loss.backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.save(grads, f"{folder}/gradients-{rank}.pt")
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    save_file(grads, f"{folder}/gradients-{rank}.safetensors")
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -41,8 +43,9 @@ def train(rank, folder, patched, model, inputs):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, patched = sys.argv[1:]
-    model = torch.load(f"{folder}/model.pt", weights_only=False)
-    inputs = torch.load(f"{folder}/inputs.pt")
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model = getattr(transformers, name).from_pretrained(folder, attn_implementation="eager")
+    inputs = load_file(f"{folder}/inputs.safetensors")
     # what takes long, the imports, is done once; no thread runs yet
     fork = multiprocessing.get_context("fork")
     arguments = folder, patched, model, inputs
