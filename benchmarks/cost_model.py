@@ -1,7 +1,7 @@
 """Count what a training step does on a GPU: launches, bytes, operations, and what it keeps.
 
     python benchmarks/cost_model.py                  # a table
-    python benchmarks/cost_model.py --compiled --fused --long --output FILE   # all there is
+    python benchmarks/cost_model.py --compiled --apart --long --output FILE   # all there is
 
 The step runs on CPU tensors under a dispatch mode that sees every operation before it runs. What
 takes long is not computed. An operation of `bitfit_fast` counts as what its launcher would
@@ -12,15 +12,15 @@ Predicted is the time that an H200 would take if every operation reached the har
 took a launch, one after the other: `predicted_ms` with each launch asked for by the host, and
 `graph_ms` with all in CUDA graphs that can be there, for which a launch is assumed to take a third
 of that. `--compiled` adds the references as inductor would fuse them; see `compiled` for what is
-approximate about that. `--fused` adds the fast step with the activation's backward pass inside the
-product before it, as if that product were as fast as the vendor's: it runs so only where that was
-measured (`kernels.linear.MEASURED`). `--long` counts 64 sequences of 128 tokens, too.
+approximate about that. A large product and the activation beside it count as one kernel that
+reaches the rate of the vendor's products; a GPU measures whether that is the faster
+(`kernels.measured`), and `--apart` adds the fast step without such kernels. `--long` counts 64
+sequences of 128 tokens, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from counting import Counting
 from live import Live
-from pretending import as_on_a_gpu, fused_products
+from pretending import as_on_a_gpu
 from provenance import command_line, provenance
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +52,8 @@ COUNTED = {
 
 #: What is counted on request: references as `torch.compile` runs them.
 COMPILED = {"compiled": "autocast-compiled", "compiled-bf16": "bf16-compiled"}
-#: The fast step with fused products, on request.
-FUSED = "fused"
+#: The fast step with the vendor's products and passes of their own, on request.
+APART = "apart"
 #: Sequences and tokens of each: a batch of GLUE's kind, and one of 8,192 tokens.
 LONG = ("128", 64)
 
@@ -69,7 +69,7 @@ def _batch(variant: str, setting: Setting) -> tuple[dict[str, Any], int]:
     return batch, tokens
 
 
-def count(variant: str, setting: Setting, fused: bool = False) -> tuple[dict[str, Any], Counted]:
+def count(variant: str, setting: Setting, fused: bool = True) -> tuple[dict[str, Any], Counted]:
     """Count the second step of a variant.
 
     Parameters
@@ -79,7 +79,7 @@ def count(variant: str, setting: Setting, fused: bool = False) -> tuple[dict[str
     setting : Setting
         On a CPU.
     fused : bool
-        Whether products take the backward pass of the activation before them along.
+        Whether large products take the activation beside them along.
 
     Returns
     -------
@@ -89,6 +89,7 @@ def count(variant: str, setting: Setting, fused: bool = False) -> tuple[dict[str
         by operation.
     """
     mode = Counting()
+    mode.fused = fused
     batch, tokens = _batch(variant, setting)
     step = build(VARIANTS[variant], setting)
     if isinstance(step.inner, FastStep):  # type: ignore[attr-defined]
@@ -97,7 +98,7 @@ def count(variant: str, setting: Setting, fused: bool = False) -> tuple[dict[str
         mode.fixed = True
     for group in step.inner.optimizer.param_groups:  # type: ignore[attr-defined]
         group["foreach"] = None if group["fused"] else True
-    with as_on_a_gpu(mode), fused_products() if fused else contextlib.nullcontext():
+    with as_on_a_gpu(mode):
         for _ in range(max(2, VARIANTS[variant].begins)):
             step(batch)
         mode.counted = counted = Counted()
@@ -125,14 +126,14 @@ def _row(counted: Counted, in_graphs: bool, **more: Any) -> dict[str, Any]:
 
 
 def count_all(
-    setting: Setting, compiled: bool = False, fused: bool = False
+    setting: Setting, compiled: bool = False, apart: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Count every variant of `COUNTED`, and on request `FUSED` and those of `COMPILED`."""
+    """Count every variant of `COUNTED`, and on request `APART` and those of `COMPILED`."""
     counts, works = {}, {}
     for name, variant in COUNTED.items():
         counts[name], works[name] = count(variant, setting)
-    if fused:
-        counts[FUSED], _ = count(COUNTED["fast"], setting, fused=True)
+    if apart:
+        counts[APART], _ = count(COUNTED["fast"], setting, fused=False)
     if compiled:
         from compiled import count_compiled
 
@@ -177,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true", help="compiled references, too")
-    parser.add_argument("--fused", action="store_true", help="the fast step so, too")
+    parser.add_argument("--apart", action="store_true", help="no fused products, too")
     parser.add_argument("--long", action="store_true", help="64 sequences of 128 tokens, too")
     parser.add_argument("--json", action="store_true", help="print JSON of the first setting")
     parser.add_argument("--output", type=Path, help="file for the counts, and where they come from")
@@ -197,7 +198,7 @@ def main() -> None:
                 f"{name:32} {work.launches:6} {work.bytes / 1e6:10.2f} MB {work.flops / 1e9:10.2f}"
             )
         return
-    found = [count_all(setting, a.compiled, a.fused) for setting in settings]
+    found = [count_all(setting, a.compiled, a.apart) for setting in settings]
     if a.output:
         results = {**provenance(command_line(), device), "counts": found[0]}
         if a.long:

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from work import DEVICE, Counted, Work, plus, size, tensors
 
-from bitfit_fast.kernels._launch import cdiv, column_config
+from bitfit_fast.kernels._launch import cdiv, column_config, product_config
 from bitfit_fast.kernels.layer_norm import layer_norm_config
-from bitfit_fast.kernels.linear import linear_config
+from bitfit_fast.ops._backend import is_worth_measuring
 
-__all__ = ["OURS", "Counting", "fused_product"]
+__all__ = ["Counting"]
 
 aten = torch.ops.aten
 
@@ -98,23 +98,6 @@ def _activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
     return _column_work(out[0], [*tensors(args), out[0]], 1)
 
 
-def _linear_activation_bwd(args: tuple[Any, ...], out: Any) -> Work:
-    # the vendor's product, and the activation's backward pass over what it gave
-    dy, w, saved, b = args[:4]
-    dz = out[0]
-    product = Work(1, size([dy, w, dz]), 2 * dz.numel() * dy.shape[1])
-    after = [t for t in (saved, b, dz) if t is not None]
-    return plus(product, plus(_column_work(dz, after, 1), Work(0, size([dz]))))
-
-
-def fused_product(args: tuple[Any, ...], out: Any) -> Work:
-    """Return the work of `linear_activation_bwd` in one kernel."""
-    dy, dz = args[0], out[0]
-    config = linear_config(*dz.shape, dy.shape[1], dy.element_size(), DEVICE.processors)
-    own = Work(1, size([*tensors(args), dz]), 2 * dz.numel() * dy.shape[1])
-    return plus(own, _sums(*dz.shape, 1, cdiv(len(dz), config["BLOCK_M"])))
-
-
 def _column_sum(args: tuple[Any, ...], out: Any) -> Work:
     return _column_work(args[0], tensors(args), 1)
 
@@ -156,8 +139,44 @@ OURS: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "layer_norm_bwd": _layer_norm_bwd,
     "layer_norm_bwd_partial": _layer_norm_fwd,
     "layer_norm_fwd": _layer_norm_fwd,
-    "linear_activation_bwd": _linear_activation_bwd,
     "squares": _squares,
+}
+
+
+def _linear_activation_fwd(args: tuple[Any, ...], out: Any, fused: bool) -> list[Work]:
+    x, w, b = args[:3]
+    h, kept = out
+    flops = 2 * h.numel() * x.shape[1]
+    if fused:
+        return [Work(1, size(tensors((x, w, b, h, kept))), flops)]
+    product = Work(1, size([x, w, h]), flops)
+    # the product is read, and what is kept besides it written
+    levels = [kept] if kept.dtype != h.dtype else []
+    return [product, Work(1, size([h]) + size(tensors((b, h, levels))))]
+
+
+def _linear_activation_bwd(args: tuple[Any, ...], out: Any, fused: bool) -> list[Work]:
+    dy, w, kept, b = args[:4]
+    dz = out[0]
+    flops = 2 * dz.numel() * dy.shape[1]
+    if fused:
+        config = product_config(*dz.shape, dy.shape[1], dy.element_size(), DEVICE.processors)
+        own = Work(1, size(tensors((dy, w, kept, b, dz))), flops)
+        return [plus(own, _sums(*dz.shape, 1, cdiv(len(dz), config["BLOCK_M"])))]
+    after = _column_work(dz, tensors((kept, b, dz)), 1)
+    return [Work(1, size([dy, w, dz]), flops), plus(after, Work(0, size([dz])))]
+
+
+def _linear_activation_bwd_partial(args: tuple[Any, ...], out: Any, fused: bool) -> list[Work]:
+    dy, dz = args[0], out
+    return [Work(1, size([*tensors(args), dz]), 2 * dz.numel() * dy.shape[1])]
+
+
+#: Products and the activations beside them, in one launch or in two.
+PRODUCTS: dict[str, Callable[[tuple[Any, ...], Any, bool], list[Work]]] = {
+    "linear_activation_bwd": _linear_activation_bwd,
+    "linear_activation_bwd_partial": _linear_activation_bwd_partial,
+    "linear_activation_fwd": _linear_activation_fwd,
 }
 
 
@@ -172,6 +191,8 @@ class Counting(TorchDispatchMode):
         self.counted = Counted()
         #: Whether the step is one that a GPU is given to capture
         self.fixed = False
+        #: Whether large products and the activations beside them are one kernel
+        self.fused = True
         #: Operations before those of clipping and optimiser
         self.before_clipping = 0
         #: What follows memory, while something does
@@ -185,7 +206,7 @@ class Counting(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace not in ("aten", "bitfit_fast"):
             raise RuntimeError(f"it is not known what {func} does on a GPU")
-        if func.namespace == "bitfit_fast" and packet.__name__ not in OURS:
+        if func.namespace == "bitfit_fast" and packet.__name__ not in OURS | PRODUCTS:
             raise RuntimeError(f"it is not known what {func} launches")
         heavy = packet in _HEAVY or func.namespace == "bitfit_fast"
         if packet in _HEAVY_IF_LARGE:
@@ -195,10 +216,22 @@ class Counting(TorchDispatchMode):
         if not (func.is_view or packet in _FREE):
             # the loss is copied for the caller, behind the graph
             outside = packet is aten.clone and self.fixed
-            self.counted.note(packet.__name__, _work(func, args, kwargs, out), outside)
+            for work in self._works(func, args, kwargs, out):
+                self.counted.note(packet.__name__, work, outside)
         if self.live is not None:
             self.live.note((args, kwargs), out)
         return out
+
+    def fuses(self, a: Tensor, columns: int) -> bool:
+        """Return whether a product with this first factor is one kernel with its activation."""
+        return self.fused and is_worth_measuring(a.shape[0], columns)
+
+    def _works(self, func: Any, args: Any, kwargs: Any, out: Any) -> list[Work]:
+        name = func.overloadpacket.__name__
+        if func.namespace == "bitfit_fast" and name in PRODUCTS:
+            of = out[0] if isinstance(out, tuple) else out
+            return PRODUCTS[name](args, out, self.fuses(args[0], of.shape[1]))
+        return [_work(func, args, kwargs, out)]
 
 
 def _uncomputed(func: Any, args: Any, kwargs: Any) -> Any:

@@ -75,10 +75,11 @@ steps=(--model bert-base --task 64 --batch-size 16,128 --batches 2 --repeats 30)
 kept=(--model bert-base --task 64 --batch-size 128)
 # with CUDA graphs, which the compiled ones are no slower for
 compiled=autocast-graph-compiled,bf16,bf16-graph-compiled model=bert-base
+vendor=,fast-bf16-graph-vendor
 if [ "$device" = cpu ]; then
     steps=(--model minilm --task MRPC --batches 2 --repeats 10)
     kept=(--model minilm --task 64 --batch-size 16)
-    compiled=autocast-compiled,bf16,bf16-compiled
+    compiled=autocast-compiled,bf16,bf16-compiled vendor=
 fi
 if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
     compiled=autocast-compiled model=tiny
@@ -90,7 +91,7 @@ part step 110 "$python" benchmarks/step.py "${steps[@]}" --seconds 75 \
     --output "$out/step-$device.json"
 # to compile takes most of its time
 part step-compiled 120 "$python" benchmarks/step.py "${steps[@]}" --seconds 90 \
-    --variants autocast,$compiled,fast-bf16,fast-bf16-graph \
+    --variants autocast,$compiled,fast-bf16,fast-bf16-graph$vendor \
     --output "$out/step-compiled-$device.json"
 part memory 35 "$python" benchmarks/memory.py "${kept[@]}" --output "$out/memory-$device.json"
 # the operations say what they had no time for

@@ -230,7 +230,7 @@ def _product_gelu_bwd() -> Operation:
             "x": random(m, 4 * n),
             "b": random(4 * n, dtype=torch.float32),
         },
-        # the vendor's product, whatever `linear.MEASURED` says
+        # the vendor's product, whatever was measured
         lambda dy, w, x, b: torch.ops.bitfit_fast.activation_bwd(dy @ w, x, b, "gelu"),
         eager,
         flops=_products("w"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-from counting import OURS, Counting, fused_product
-from steps import backend
+from counting import Counting
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,10 +19,11 @@ from bitfit_fast import arena
 from bitfit_fast.encoder import backward, embeddings, forward, product, sums
 from bitfit_fast.kernels._attention import attention_config
 from bitfit_fast.kernels.attention_bwd import attention_bwd_passes, attention_sums
+from bitfit_fast.ops._backend import BACKEND_VARIABLE
 from bitfit_fast.packing import Packing
 from bitfit_fast.training import fixed
 
-__all__ = ["as_on_a_gpu", "fused_products"]
+__all__ = ["as_on_a_gpu"]
 
 _of_mask = Packing.of_mask
 
@@ -166,10 +167,13 @@ def as_on_a_gpu(mode: Counting) -> Iterator[None]:
     """Let a step on a CPU do what it would do on a GPU, and count that."""
     fwd, bwd = _stack_attention(mode)
     with (
-        backend("torch"),
+        mock.patch.dict(os.environ, {BACKEND_VARIABLE: "torch"}),
         mock.patch.object(forward, "attention_fwd", fwd),
         mock.patch.object(backward, "attention_bwd", bwd),
         mock.patch.object(backward, "attention_sums", _attention_sums),
+        mock.patch.object(
+            backward, "fuses_backward", lambda dy, w, *rest: mode.fuses(dy, w.shape[1])
+        ),
         mock.patch.object(sums, "defers", lambda tensor: True),
         mock.patch.object(embeddings, "gathers", lambda table: True),
         mock.patch.object(arena, "uses_triton", lambda tensor: True),
@@ -181,15 +185,5 @@ def as_on_a_gpu(mode: Counting) -> Iterator[None]:
         mock.patch.object(Packing, "of_mask", _packing),
         mock.patch.object(nn.utils, "clip_grad_norm_", _clip(mode)),
         mode,
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def fused_products() -> Iterator[None]:
-    """Let products take the backward pass of the activation before them along."""
-    with (
-        mock.patch.dict(OURS, linear_activation_bwd=fused_product),
-        mock.patch.object(backward, "_is_one_kernel", lambda down, dz: True),
     ):
         yield

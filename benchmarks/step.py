@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -283,6 +284,15 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def _products() -> dict[str, list[float]]:
+    """Return what products were measured to choose between: milliseconds in one kernel, in two."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from bitfit_fast.kernels import measured
+
+    return measured.known()
+
+
 def main() -> None:
     """Measure every setting, and write the results after each."""
     if sys.argv[1:2] == ["lengths"]:
@@ -326,6 +336,8 @@ def main() -> None:
             results["rows"] += rows
             console.print(table(rows))
         results["finished"] = number + 1 == len(settings)
+        if products := _products():
+            results["products_ms"] = products
         results["seconds"] = round(time.monotonic() - start, 1)
         if arguments.output:
             write_results(arguments.output, results)

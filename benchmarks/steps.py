@@ -10,11 +10,11 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from provenance import QUICK
@@ -27,7 +27,7 @@ from bitfit_fast.encoder import install
 from bitfit_fast.methods import METHODS
 from bitfit_fast.models.families import biases
 from bitfit_fast.models.loading import DEFAULT_MODEL
-from bitfit_fast.ops._backend import BACKEND_VARIABLE
+from bitfit_fast.ops._backend import BACKEND_VARIABLE, PRODUCTS_VARIABLE
 from bitfit_fast.training.fast import FastBackend, FastStep
 from bitfit_fast.training.modules import ModulesBackend
 from bitfit_fast.training.reference import ReferenceStep
@@ -39,7 +39,6 @@ __all__ = [
     "VARIANTS",
     "Setting",
     "Variant",
-    "backend",
     "batches",
     "bias_gradients",
     "build",
@@ -235,8 +234,8 @@ class Variant:
         `(setting, plan)` to a step.
     input : callable
         What becomes of a batch before it is timed.
-    backend : str, optional
-        Value of `BITFIT_FAST_BACKEND` while it runs.
+    environment : mapping of str to str
+        Variables that are set while it runs.
     begins : int
         Steps on batches of a kind after which it goes as it will go on.
     """
@@ -247,7 +246,7 @@ class Variant:
     precision: str
     make: Callable[[Setting, Plan], Any]
     input: Callable[[Batch], Batch] = lambda batch: batch
-    backend: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     begins: int = 1
 
 
@@ -390,29 +389,22 @@ def _variants() -> Iterator[Variant]:
             precision,
             _fast(),
             _with_lengths,
-            backend="torch",
+            environment={BACKEND_VARIABLE: "torch"},
         )
+    yield Variant(
+        "fast-bf16-graph-vendor",
+        "fast, bf16, in a CUDA graph, with the vendor's products alone",
+        "fast",
+        "bf16",
+        _fast(graph=True),
+        _with_lengths,
+        environment={PRODUCTS_VARIABLE: "vendor"},
+        begins=3,
+    )
 
 
 #: By name.
 VARIANTS = {variant.name: variant for variant in _variants()}
-
-
-@contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """Let operations run with a value of `BITFIT_FAST_BACKEND`, if there is one."""
-    if name is None:
-        yield
-        return
-    before = os.environ.get(BACKEND_VARIABLE)
-    os.environ[BACKEND_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[BACKEND_VARIABLE]
-        else:
-            os.environ[BACKEND_VARIABLE] = before
 
 
 def build(variant: Variant, setting: Setting, **options: Any) -> Callable[[Batch], Tensor]:
@@ -420,12 +412,12 @@ def build(variant: Variant, setting: Setting, **options: Any) -> Callable[[Batch
 
     Its attribute `inner` is the product's step.
     """
-    with backend(variant.backend):
+    with mock.patch.dict(os.environ, variant.environment):
         inner = variant.make(setting, plan(setting, precision=variant.precision, **options))
 
     @functools.wraps(inner.__call__)
     def step(batch: Batch) -> Tensor:
-        with backend(variant.backend):
+        with mock.patch.dict(os.environ, variant.environment):
             return inner(batch)
 
     step.inner = inner  # type: ignore[attr-defined]

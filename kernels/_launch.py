@@ -16,6 +16,7 @@ __all__ = [
     "device_guard",
     "next_power_of_2",
     "processors",
+    "product_config",
 ]
 
 #: Whether Triton runs kernels in its interpreter; it reads the variable when it is imported.
@@ -77,4 +78,35 @@ def column_config(rows: int, columns: int, processors: int, segments: int = 1) -
         "BLOCK_N": block_n,
         "num_warps": 8,
         "P": max(1, min(wanted, useful)),
+    }
+
+
+def product_config(
+    rows: int, columns: int, inner: int, itemsize: int, processors: int
+) -> dict[str, int]:
+    """Return the launch configuration of a kernel that makes a product's tiles.
+
+    Parameters
+    ----------
+    rows, columns, inner : int
+        M, N and K.
+    itemsize : int
+        Bytes of an element of the factors.
+    processors : int
+        Multiprocessors of the device.
+    """
+    # two heights and no more, since each is compiled
+    few = cdiv(rows, 128) * cdiv(columns, 128) < 2 * processors
+    # without matrix units, as in fp32, threads hold parts of both factors in registers
+    wide = itemsize == 4
+    # rows that begin anywhere are read element by element, each with a register of its own
+    even = inner % (128 // itemsize) == 0
+    return {
+        "BLOCK_M": 64 if few or wide else 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": 128 // itemsize if even else 32,
+        "GROUP_M": 8,
+        # four warps multiply 64 rows at once, and all columns: that reads shared memory the least
+        "num_warps": 4 if few and even and not wide else 8,
+        "num_stages": 3,
     }

@@ -27,7 +27,7 @@ from ._constants import ACTIVATIONS, quantisation
 from ._launch import cdiv, column_config, device_guard, processors
 from ._reduce import add_partial_rows
 
-__all__ = ["ACTIVATIONS", "activation_bwd", "activation_fwd", "slope"]
+__all__ = ["ACTIVATIONS", "activation_bwd", "activation_fwd", "level", "slope", "value"]
 
 
 @triton.jit
@@ -39,7 +39,8 @@ def _tanh(x):
 
 
 @triton.jit
-def _value(z, ACT: tl.constexpr):
+def value(z, ACT: tl.constexpr):
+    """Return act(z)."""
     if ACT == "gelu":
         return 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
     elif ACT == "gelu_tanh":
@@ -71,6 +72,12 @@ def _derivative(z, ACT: tl.constexpr):
     else:
         _, dt = _tanh(z)
         return dt
+
+
+@triton.jit
+def level(z, LOW: tl.constexpr, STEP: tl.constexpr, ACT: tl.constexpr):
+    """Return act'(z) in 8 bits."""
+    return ((_derivative(z, ACT) - LOW) / STEP + 0.5).to(tl.uint8)
 
 
 @triton.jit
@@ -108,10 +115,9 @@ def _activation_fwd_kernel(
     if HAS_BIAS:
         z += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     to = rows[:, None] * N + cols[None, :]
-    tl.store(h_ptr + to, _value(z, ACT).to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(h_ptr + to, value(z, ACT).to(h_ptr.dtype.element_ty), mask=inside)
     if FEW_BITS:
-        level = (_derivative(z, ACT) - LOW) / STEP + 0.5
-        tl.store(d_ptr + to, level.to(tl.uint8), mask=inside)
+        tl.store(d_ptr + to, level(z, LOW, STEP, ACT), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "P"])

@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +23,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from ._cache import cache_folder, put
 from ._constants import ACTIVATIONS, ROUNDS, keeps_sum, quantisation, sum_dtype, threshold
 
 __all__ = [
@@ -99,11 +99,6 @@ _TILES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "bitfit_fast"
-
-
 def _cpu() -> str:
     """Return what `-march=native` depends on."""
     try:
@@ -118,16 +113,13 @@ def _build(compiler: str) -> Path:
     sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
     parts = (*sources, version.stdout, " ".join(_FLAGS), _cpu())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"native-{name}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # beside, then renamed: another process may be building it too
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        os.replace(built, library)
+    library = cache_folder() / f"native-{name}.so"
+    if not library.exists():
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o"]
+        put(
+            library,
+            lambda at: subprocess.run([*command, at], capture_output=True, text=True, check=True),
+        )
     return library
 
 

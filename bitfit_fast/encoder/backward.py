@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 from ..kernels import tiles
-from ..ops._backend import uses_triton
 from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_bwd
-from ..ops.partial import activation_bwd_partial_, column_sum_partial, layer_norm_bwd_partial
+from ..ops.linear import fuses_backward
+from ..ops.partial import (
+    activation_bwd_partial_,
+    column_sum_partial,
+    layer_norm_bwd_partial,
+    linear_activation_bwd_partial,
+)
 from . import together
 from .attention import attention_bwd, attention_sums, joined
 from .depth import END, ENTRY, INNER, INPUT, MIDDLE, QKV, lowest, place
 from .forward import apart, chunks, project
 from .gradients import Gradients
-from .product import Product
 from .run import Run
 from .stack import KEY, QUERY, ROLES, UP, VALUE, Junction, Layer
-from .sums import column_rows, layer_norm_rows
+from .sums import column_rows, layer_norm_rows, product_rows
 
 __all__ = ["BackwardPass"]
 
@@ -189,10 +193,8 @@ class BackwardPass:
         if not self.stack.recomputes:
             (kept,) = self.run.taken(1)
             deferred = self.gradients.defers and self.gradients.needed(index)
-            if deferred and not _is_one_kernel(layer.down, dz):
-                du = layer.down.backward(dz)
-                partial = self.gradients.partial([index], column_rows(du), du.shape[1])
-                activation_bwd_partial_(du, kept, b, layer.act, partial)
+            if deferred:
+                du = self._activation_bwd(layer, index, dz, kept)
             else:
                 du, db = layer.down.activation_bwd(dz, kept, b, layer.act, True)
                 self.gradients.note(index, db)
@@ -207,6 +209,17 @@ class BackwardPass:
                 layer.up.backward(du, dy[rows])
         self.gradients.note(index, total)
         return None if ends else dy
+
+    def _activation_bwd(self, layer: Layer, index: int, dz: Tensor, kept: Tensor) -> Tensor:
+        """Return the gradient of the activation's input, and leave its sum in partial rows."""
+        b, act, w = self.run.biases[index], layer.act, layer.down.weight
+        if fuses_backward(dz, w, kept, b, act):
+            partial = self.gradients.partial([index], product_rows(dz, w), w.shape[1])
+            return linear_activation_bwd_partial(dz, w, kept, b, act, partial)
+        du = layer.down.backward(dz)
+        partial = self.gradients.partial([index], column_rows(du), du.shape[1])
+        activation_bwd_partial_(du, kept, b, act, partial)
+        return du
 
     def _normalised(self, junction: Junction) -> Tensor:
         """Compute a junction's output again from what lies on top of what was kept."""
@@ -319,12 +332,3 @@ class BackwardPass:
             rows = weight[first : first + width].to(total.dtype)
             total = torch.addmv(total, rows.t(), sums[role])
         self.gradients.note_embedding_beta(total)
-
-
-def _is_one_kernel(down: Product, dz: Tensor) -> bool:
-    """Return whether the product below an activation and its backward pass are one kernel."""
-    if not uses_triton(dz):
-        return False
-    from ..kernels.linear import beats_vendor
-
-    return beats_vendor(dz, down.weight)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..kernels import native, tiles
 from ..ops._backend import uses_native, uses_triton
-from ..ops.activation import activation_fwd, activation_fwd_
-from ..ops.linear import linear_activation_bwd
+from ..ops.activation import activation_fwd
+from ..ops.linear import linear_activation_bwd, linear_activation_fwd
 
 __all__ = ["Product"]
 
@@ -125,13 +125,12 @@ class Product:
         if (packed := self.packed(x, "forward")) is not None:
             h, kept = tiles.linear_activation(x, packed, b, act, few_bits, keeps)
             return h, h if kept is None else kept
+        if uses_triton(x):
+            return linear_activation_fwd(x, self.weight, b, act, few_bits, keeps)
         u = self(x)
-        if keeps and not few_bits and not uses_triton(u) and uses_native(u):
+        if keeps and not few_bits and uses_native(u):
             # the derivative takes the place of u: no erf a second time
             return native.activation_fwd(u, b, act, False, slope=u)[0], u
-        if uses_triton(u) and (few_bits or not keeps):
-            # nobody asks for u again
-            return u, activation_fwd_(u, b, act, few_bits and keeps)
         h, levels = activation_fwd(u, b, act, few_bits and keeps)
         return h, levels if few_bits else u
 

@@ -1,22 +1,39 @@
-"""Which implementation an operation runs: Triton's kernels, those for CPUs, or PyTorch."""
+"""Which implementation an operation runs: Triton's kernels, those for CPUs, or PyTorch.
+
+And of Triton's, whether a product and an activation's pass beside it are one kernel.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..errors import BitFitError, listed
-from ..kernels._launch import INTERPRETED
+from ..kernels._launch import INTERPRETED, next_power_of_2
 
-__all__ = ["BACKEND_VARIABLE", "uses_native", "uses_triton"]
+__all__ = [
+    "BACKEND_VARIABLE",
+    "PRODUCTS_VARIABLE",
+    "fuses_product",
+    "is_worth_measuring",
+    "uses_native",
+    "uses_triton",
+]
 
 #: Environment variable that chooses: `auto` (the default), `triton`, `native` or `torch`.
 BACKEND_VARIABLE = "BITFIT_FAST_BACKEND"
 _BACKENDS = ("auto", "triton", "native", "torch")
+#: Environment variable that chooses: `auto` (the default), what was measured to be faster; `fused`,
+#: one kernel, where there is one; or `vendor`, PyTorch's product and a pass of its own.
+PRODUCTS_VARIABLE = "BITFIT_FAST_PRODUCTS"
+_PRODUCTS = ("auto", "fused", "vendor")
+#: The least product, in elements, that it is worth measuring for.
+_LEAST = 2**18
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,10 +57,10 @@ def _refusal(tensor: Tensor, dtype: torch.dtype | None, most: int | None) -> str
     return None
 
 
-def _chosen() -> str:
-    chosen = os.environ.get(BACKEND_VARIABLE) or "auto"
-    if chosen not in _BACKENDS:
-        raise BitFitError(f"{BACKEND_VARIABLE} is '{chosen}'; valid values are {listed(_BACKENDS)}")
+def _chosen(variable: str = BACKEND_VARIABLE, valid: tuple[str, ...] = _BACKENDS) -> str:
+    chosen = os.environ.get(variable) or "auto"
+    if chosen not in valid:
+        raise BitFitError(f"{variable} is '{chosen}'; valid values are {listed(valid)}")
     return chosen
 
 
@@ -103,3 +120,52 @@ def uses_native(*tensors: Tensor | None) -> bool:
     if reason is not None and chosen == "native":
         raise BitFitError(f"{BACKEND_VARIABLE} is 'native', but {reason}")
     return reason is None
+
+
+def is_worth_measuring(rows: int, columns: int) -> bool:
+    """Return whether a product of this size may be better off in one kernel with what follows."""
+    return rows * columns >= _LEAST
+
+
+def fuses_product(
+    a: Tensor,
+    columns: int,
+    fused: Callable[[], object],
+    apart: Callable[[], object],
+    *problem: object,
+) -> bool:
+    """Return whether a product and an activation's pass beside it are to be one Triton kernel.
+
+    `auto` measures, the first time that a device meets such a problem, and goes by what was
+    measured ever after; see `kernels.measured`.
+
+    Parameters
+    ----------
+    a : Tensor
+        `[M, K]`, the product's first factor.
+    columns : int
+        Of the product.
+    fused, apart : callable
+        Do it in one kernel, and in two; called where it is to be measured.
+    *problem : object
+        What tells this kernel from others.
+
+    Raises
+    ------
+    BitFitError
+        If `BITFIT_FAST_PRODUCTS` is none of its values.
+    """
+    if not uses_triton(a):
+        return False
+    chosen = _chosen(PRODUCTS_VARIABLE, _PRODUCTS)
+    if chosen != "auto":
+        return chosen == "fused"
+    # fp32 has no matrix units to itself, and for few rows the vendor divides a product by its depth
+    if not a.is_cuda or a.dtype == torch.float32 or not is_worth_measuring(a.shape[0], columns):
+        return False
+    from ..kernels.measured import is_faster
+
+    # a step of another number of tokens is not another problem
+    rows = next_power_of_2(a.shape[0])
+    size = f"{rows}x{columns}x{a.shape[1]}"
+    return is_faster(fused, apart, a.device, *problem, str(a.dtype).removeprefix("torch."), size)

@@ -12,8 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
-from ._backend import uses_triton
-from .activation import activation_bwd, activation_fwd, bias_activation, keeps_few_bits
+from ._backend import fuses_product, uses_triton
+from .activation import (
+    activation_bwd,
+    activation_fwd,
+    activation_fwd_,
+    bias_activation,
+    keeps_few_bits,
+)
 from .column_sum import bias_gradient
 
 __all__ = ["feed_forward", "linear"]
@@ -71,17 +77,81 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return _Linear.apply(*_autocast(x, w), b)
 
 
+def fuses_forward(x: Tensor, w: Tensor, b: Tensor | None, act: str, *keeps: bool) -> bool:
+    """Return whether `linear_activation_fwd` of these is one kernel."""
+
+    def fused() -> object:
+        from ..kernels import linear as kernel
+
+        return kernel.linear_fwd(x, w.t(), b, act, *keeps)
+
+    def apart() -> object:
+        return _activated(x @ w.t(), b, act, *keeps)
+
+    return fuses_product(x, w.shape[0], fused, apart, "linear_fwd", act, *map(int, keeps))
+
+
+def fuses_backward(dy: Tensor, w: Tensor, kept: Tensor, b: Tensor | None, act: str) -> bool:
+    """Return whether `linear_activation_bwd` of these is one kernel."""
+
+    def fused() -> object:
+        from ..kernels import linear as kernel
+
+        return kernel.linear_bwd(dy, w, kept, b, act)
+
+    def apart() -> object:
+        return activation_bwd(dy @ w, kept, b, act)
+
+    few_bits = int(kept.dtype == torch.uint8)
+    return fuses_product(dy, w.shape[1], fused, apart, "linear_bwd", act, few_bits)
+
+
+def _activated(
+    u: Tensor, b: Tensor | None, act: str, few_bits: bool, keeps: bool
+) -> tuple[Tensor, Tensor]:
+    """Return act(u + b), which may take the place of u, and what is kept."""
+    few_bits = few_bits and keeps
+    if uses_triton(u) and (few_bits or not keeps):
+        # nobody asks for u again
+        return u, activation_fwd_(u, b, act, few_bits)
+    h, levels = activation_fwd(u, b, act, few_bits)
+    return h, levels if few_bits or not keeps else u
+
+
+@operation(
+    "linear_activation_fwd",
+    "(Tensor x, Tensor w, Tensor? b, str act, bool few_bits, bool keeps) -> (Tensor, Tensor)",
+)
+def linear_activation_fwd(x, w, b, act, few_bits, keeps):
+    """Return act(x W^T + b), and what the backward pass takes: act' in 8 bits, x W^T or nothing."""
+    (b,) = contiguous(b)
+    if fuses_forward(x, w, b, act, few_bits, keeps):
+        from ..kernels import linear as kernel
+
+        h, kept = kernel.linear_fwd(x, w.t(), b, act, few_bits, keeps)
+        return h, x.new_empty(0, dtype=torch.uint8) if kept is None else kept
+    return _activated(x @ w.t(), b, act, few_bits, keeps)
+
+
+@linear_activation_fwd.register_fake
+def _(x, w, b, act, few_bits, keeps):
+    shape = x.shape[0], w.shape[0]
+    none = few_bits or not keeps
+    kept = x.new_empty(shape if keeps else (0,), dtype=torch.uint8 if none else x.dtype)
+    return x.new_empty(shape), kept
+
+
 @operation(
     "linear_activation_bwd",
     "(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act) -> (Tensor, Tensor)",
 )
 def linear_activation_bwd(dy, w, kept, b, act):
+    """Return the gradient of the activation before a product, and its bias's."""
     (b,) = contiguous(b)
-    if uses_triton(dy):
+    if fuses_backward(dy, w, kept, b, act):
         from ..kernels import linear as kernel
 
-        if kernel.beats_vendor(dy, w):
-            return kernel.linear_bwd(dy, w, kept, b, act)
+        return kernel.linear_bwd(dy, w, kept, b, act)
     return activation_bwd(dy @ w, kept, b, act)
 
 
@@ -96,14 +166,13 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, act: str, few_bits: bool
     ) -> Tensor:
-        z = F.linear(x, w1)
-        h, d = activation_fwd(as_rows(z), b1, act, few_bits)
-        if any(ctx.needs_input_grad):
+        keeps = any(ctx.needs_input_grad)
+        h, kept = linear_activation_fwd(as_rows(x), w1, b1, act, few_bits, keeps)
+        if keeps:
             needs_dx = ctx.needs_input_grad[0]
-            kept = (d, None) if few_bits else (z, b1)
-            ctx.save_for_backward(w1 if needs_dx else None, w2, *kept)
+            ctx.save_for_backward(w1 if needs_dx else None, w2, kept, None if few_bits else b1)
         ctx.act = act
-        out = F.linear(h.view(z.shape), w2)
+        out = F.linear(h.view(*x.shape[:-1], h.shape[1]), w2)
         return shaped(out, out.shape)
 
     @staticmethod
@@ -111,7 +180,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w1, w2, kept, b1 = ctx.saved_tensors
         rows = as_rows(dy)
-        dz, db = linear_activation_bwd(rows, w2, as_rows(kept), b1, ctx.act)
+        dz, db = linear_activation_bwd(rows, w2, kept, b1, ctx.act)
         dx = None if w1 is None else (dz @ w1).view(*dy.shape[:-1], w1.shape[1])
         return dx, None, db if ctx.needs_input_grad[2] else None, None, None, None
 
@@ -126,9 +195,9 @@ def feed_forward(
 ) -> Tensor:
     """Compute `act(x W1^T + b1) W2^T`, the feed-forward block without its last bias.
 
-    The gradient of the activation's input and of `b1` come from one pass over the second
-    product, inside it where that was measured to be faster. Weights that train take the same
-    steps one after the other.
+    The activation and its gradient, with that of `b1`, are taken inside the products where that
+    was measured to be faster, and in one pass over each otherwise. Weights that train take the
+    same steps one after the other.
 
     Parameters
     ----------

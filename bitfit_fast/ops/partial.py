@@ -20,6 +20,7 @@ __all__ = [
     "add_segments",
     "column_sum_partial",
     "layer_norm_bwd_partial",
+    "linear_activation_bwd_partial",
 ]
 
 
@@ -83,6 +84,28 @@ def activation_bwd_partial_(dh, kept, b, act, partial):
 @activation_bwd_partial_.register_fake
 def _(dh, kept, b, act, partial):
     return None
+
+
+@operation(
+    "linear_activation_bwd_partial",
+    "(Tensor dy, Tensor w, Tensor kept, Tensor? b, str act, Tensor(a!) partial) -> Tensor",
+    writes=("partial",),
+)
+def linear_activation_bwd_partial(dy, w, kept, b, act, partial):
+    """Do what `linear_activation_bwd` does in one kernel, with the sum in partial rows."""
+    (b,) = contiguous(b)
+    if uses_triton(dy):
+        from ..kernels import linear as kernel
+
+        return kernel.linear_bwd(dy, w, kept, b, act, partial)[0]
+    dz, db = activation_definition(dy @ w, kept, b, act)
+    _as_first(db[None], partial)
+    return dz.contiguous()
+
+
+@linear_activation_bwd_partial.register_fake
+def _(dy, w, kept, b, act, partial):
+    return dy.new_empty(dy.shape[0], w.shape[1])
 
 
 @operation(

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is installed on Linux only")
+
 from bitfit_fast import patch_encoder
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import linear, native
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -23,6 +25,14 @@ def moved(case, device):
     return make
 
 
+def noting(launcher, launched):
+    def noted(*args, **options):
+        launched.append(launcher.__name__)
+        return launcher(*args, **options)
+
+    return noted
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_the_kernels_give_the_same(family, precision, moved, measure, as_exact):
@@ -30,6 +40,29 @@ def test_the_kernels_give_the_same(family, precision, moved, measure, as_exact):
     patch_encoder(each.model, precision=precision)
     found = {name: t.cpu() for name, t in measure(each.model, each.inputs).items()}
     assert set(found) == set(each.exact)
+    if precision == "fp32":
+        as_exact(found, each.fp32, each.exact)
+    else:
+        as_exact(found, each.bf16, each.exact, roundings=2, eps=2.0**-7)
+
+
+@pytest.mark.parametrize(
+    ("precision", "memory"), [("fp32", "fast"), ("bf16", "fast"), ("fp32", "lower")]
+)
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_products_with_the_activation_in_them_give_the_same(
+    family, precision, memory, moved, measure, as_exact, monkeypatch
+):
+    launched = []
+    for name in ("linear_fwd", "linear_bwd"):
+        inner = getattr(linear, name)
+        monkeypatch.setattr(linear, name, noting(inner, launched))
+    monkeypatch.setenv("BITFIT_FAST_PRODUCTS", "fused")
+    each = moved(family)
+    patch_encoder(each.model, precision=precision, memory=memory)
+    found = {name: t.cpu() for name, t in measure(each.model, each.inputs).items()}
+    assert set(found) == set(each.exact)
+    assert launched.count("linear_bwd") == 2 <= launched.count("linear_fwd")
     if precision == "fp32":
         as_exact(found, each.fp32, each.exact)
     else:

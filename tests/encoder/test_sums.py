@@ -83,6 +83,20 @@ def test_the_bottom_with_and_without_its_product(
     assert len(by_identity) == (many == 0)
 
 
+@pytest.mark.parametrize("terms", ["all", "intermediate", "query"])
+def test_gradients_are_the_same_with_the_activation_in_the_product(
+    build, batch, measure, deferred, terms, monkeypatch
+):
+    model = patched(build, terms)
+    inputs = batch(model)
+    deferred(True)
+    expected = measure(model, inputs)
+    asked = []
+    monkeypatch.setattr(backward, "fuses_backward", lambda *given: asked.append(given) or True)
+    assert_close(measure(model, inputs), expected)
+    assert bool(asked) == (terms != "query")
+
+
 @pytest.mark.parametrize("room", [64, 2**20])
 def test_they_are_added_when_there_is_no_more_room(
     build, batch, deferred, memory, room, monkeypatch

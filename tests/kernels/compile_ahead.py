@@ -109,7 +109,9 @@ def launches_of_row_counts():
         ids, tables = [empty(m, dtype=torch.int64)] * 3, [empty(m + 1, 768)] * 3
         given = (v, v, ids, tables, 0.1, empty(1, dtype=torch.int64), 1e-12, torch.bfloat16)
         yield f"{m} rows", embedding.embedding_layer_norm, given
-        yield f"{m} rows", linear.linear_bwd, (a, empty(768, 768, dtype=torch.bfloat16))
+        w = empty(768, 768, dtype=torch.bfloat16)
+        yield f"{m} rows", linear.linear_fwd, (a, w.t(), v)
+        yield f"{m} rows", linear.linear_bwd, (a, w, a, v)
         inputs = attention_inputs(m, m, 64, m, torch.bfloat16)
         for most in (64 + m, 512 + m):
             options = (most, most, 0.1, empty(1, dtype=torch.int64), empty(HEADS, most, most))
@@ -209,17 +211,24 @@ def launches(dtypes, odd):
             yield what, column_sum.column_sum, (a, cuts, p, seed)
         yield f"dropout {at}", dropout.dropout, (a, 0.1, seed)
         w, few = empty(n, n, dtype=dtype), empty(m, n, dtype=torch.uint8)
-        yield f"linear_bwd {at}", linear.linear_bwd, (a, w)
+        # forward, the weight lies the other way round
+        yield (
+            f"linear_fwd {at} keeps nothing",
+            linear.linear_fwd,
+            (a, w.t(), v, "gelu", False, False),
+        )
         for act in activation.ACTIVATIONS if usual else ("gelu",):
             tail = f"{at} {act}"
             yield f"activation_fwd {tail}", activation.activation_fwd, (a, v, act)
             yield f"activation_fwd {tail} 8-bit", activation.activation_fwd, (a, v, act, True)
             yield f"activation_bwd {tail}", activation.activation_bwd, (a, a, v, act)
+            yield f"linear_fwd {tail}", linear.linear_fwd, (a, w.t(), v, act)
             yield f"linear_bwd {tail}", linear.linear_bwd, (a, w, a, v, act)
         # of a derivative in 8 bits, activations differ in two constants
         yield f"activation_bwd {tail} 8-bit", activation.activation_bwd, (a, few, v, act)
         # the low tile holds half of what the high one does
         if n == BERT or (m, n) == ODD[-1]:
+            yield f"linear_fwd {tail} 8-bit", linear.linear_fwd, (a, w.t(), v, act, True)
             yield f"linear_bwd {tail} 8-bit", linear.linear_bwd, (a, w, few, v, act)
         yield from launches_of_layer_norm(name, m, n, usual)
     for adds in (False, True):

@@ -1,4 +1,4 @@
-"""The linear layer's input gradient with the bias gradient below, against PyTorch in float64."""
+"""Products with the activation beside them, forward and backward, against PyTorch in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import activation, linear
-from bitfit_fast.kernels._launch import INTERPRETED
+from bitfit_fast.kernels._launch import INTERPRETED, product_config
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DEFINITIONS = {
@@ -46,13 +46,16 @@ def inputs(rows, columns, inner, dtype):
 
 
 def by_pytorch(dy, w, x, b, act, dtype):
-    """Return the gradient, all in `dtype`."""
-    product = dy.to(dtype) @ w.to(dtype)
-    if act is None:
-        return product
+    """Return the gradient of the activation's input, all in `dtype`."""
     z = x.to(dtype) if b is None else x.to(dtype) + b.to(dtype)
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(DEFINITIONS[act](z), z, product)[0]
+    return torch.autograd.grad(DEFINITIONS[act](z), z, dy.to(dtype) @ w.to(dtype))[0]
+
+
+def activated(x, w, b, act, dtype):
+    """Return the product, and its activation, all in `dtype`."""
+    u = x.to(dtype) @ w.to(dtype)
+    return u, DEFINITIONS[act](u if b is None else u + b.to(dtype))
 
 
 def close(out, exact, pytorch, floor):
@@ -63,42 +66,59 @@ def close(out, exact, pytorch, floor):
         assert bool((error <= allowed).all()), (error.max(), allowed)
 
 
-def check(dy, w, x=None, b=None, act=None):
-    given = [t for t in (dy, w, x, b) if t is not None]
+def once_more(launch, given):
+    """Launch, and assert that this changes nothing, and gives the same again."""
+    given = [t for t in given if t is not None]
     before = [t.clone() for t in given]
-    dx, db = linear.linear_bwd(dy, w, x, b, act)
-    assert (dx.dtype, db.dtype) == (dy.dtype, torch.float32)
-    assert dx.shape == (dy.shape[0], w.shape[1]) and db.shape == dx.shape[1:]
-    again = linear.linear_bwd(dy, w, x, b, act)
-    assert torch.equal(again[0], dx) and torch.equal(again[1], db)
+    found, again = launch(), launch()
+    assert all(torch.equal(a, b) for a, b in zip(found, again) if a is not None)
     assert all(torch.equal(t, t_before) for t, t_before in zip(given, before))
+    return found
+
+
+def check_fwd(x, w, b, act):
+    h, kept = once_more(lambda: linear.linear_fwd(x, w, b, act), (x, w, b))
+    assert h.shape == kept.shape == (x.shape[0], w.shape[1])
+    assert h.dtype == kept.dtype == x.dtype
+    unit = torch.finfo(x.dtype).eps
+    for out, exact, pytorch in zip(
+        (kept, h), activated(x, w, b, act, torch.float64), activated(x, w, b, act, x.dtype)
+    ):
+        close(out, exact, pytorch, unit * exact.abs().max())
+    nothing = linear.linear_fwd(x, w, b, act, keeps=False)
+    assert torch.equal(nothing[0], h) and nothing[1] is None
+
+
+def check_bwd(dy, w, x, b, act):
+    dz, db = once_more(lambda: linear.linear_bwd(dy, w, x, b, act), (dy, w, x, b))
+    assert (dz.dtype, db.dtype) == (dy.dtype, torch.float32)
+    assert dz.shape == (dy.shape[0], w.shape[1]) and db.shape == dz.shape[1:]
     exact = by_pytorch(dy, w, x, b, act, torch.float64)
-    if dx.numel():
-        unit = torch.finfo(dy.dtype).eps
-        close(dx, exact, by_pytorch(dy, w, x, b, act, dy.dtype), unit * exact.abs().max())
+    unit = torch.finfo(dy.dtype).eps
+    close(dz, exact, by_pytorch(dy, w, x, b, act, dy.dtype), unit * exact.abs().max())
     # a sum of what is rounded to 16 bits would miss what fp32 reaches
     single = by_pytorch(dy, w, x, b, act, torch.float32)
     size = (dy.double().abs() @ w.double().abs()).sum(0)
     close(db, exact.sum(0), single.sum(0), 2.0**-20 * size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_product_and_its_sum_are_as_exact_as_pytorchs(shape, dtype):
-    check(*inputs(*shape, dtype)[:2])
+def check(dy, w, x, b, act):
+    check_fwd(dy, w, b, act)
+    check_bwd(dy, w, x, b, act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", activation.ACTIVATIONS)
-def test_each_activation_below_with_and_without_bias(act, dtype):
+def test_each_activation_with_and_without_bias(act, dtype):
     dy, w, x, b = inputs(45, 70, 50, dtype)
     check(dy, w, x, b, act)
     check(dy, w, x, None, act)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gelu_below_at_odd_shapes(shape):
-    check(*inputs(*shape, torch.bfloat16), "gelu")
+def test_odd_shapes(shape, dtype):
+    check(*inputs(*shape, dtype), "gelu")
 
 
 # the interpreter warns where the GPU goes to infinity and back
@@ -108,15 +128,37 @@ def test_the_derivative_in_8_bits_is_off_by_half_a_step_at_most(act):
     dy, w, x, b = inputs(40, 33, 30, torch.float32)
     x = x * 3
     _, d = activation.activation_fwd(x, b, act, few_bits=True)
-    dx, db = linear.linear_bwd(dy, w, d, b, act)
+    dz, db = linear.linear_bwd(dy, w, d, b, act)
     exact = by_pytorch(dy, w, x, b, act, torch.float64)
     product = (dy.double() @ w.double()).abs()
     low, high = activation.ACTIVATIONS[act]
     half_step = (high - low) / 510
     rounding = 2.0**-20 * (dy.double().abs() @ w.double().abs())
     bound = half_step * product + rounding
-    assert bool(((dx.double() - exact).abs() <= bound).all())
+    assert bool(((dz.double() - exact).abs() <= bound).all())
     assert bool(((db.double() - exact.sum(0)).abs() <= bound.sum(0)).all())
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("act", activation.ACTIVATIONS)
+def test_the_derivative_of_the_product_is_kept_in_8_bits(act):
+    x, w, _, b = inputs(40, 33, 30, torch.float32)
+    h, d = linear.linear_fwd(x, w * 3, b, act, few_bits=True)
+    assert torch.equal(h, linear.linear_fwd(x, w * 3, b, act)[0]) and d.dtype == torch.uint8
+    _, expected = activation.activation_fwd(x @ (w * 3), b, act, few_bits=True)
+    # where the product is rounded otherwise, a number may be on the other side of a step
+    assert (d.int() - expected.int()).abs().max() <= 1
+    assert (d != expected).float().mean() < 0.01
+
+
+def test_partial_rows_are_left_to_the_caller():
+    dy, w, x, b = inputs(200, 130, 70, torch.bfloat16)
+    dz, db = linear.linear_bwd(dy, w, x, b)
+    rows = -(-200 // product_config(200, 130, 70, 2, 2)["BLOCK_M"])
+    partial = torch.empty(1, rows, 130, device=DEVICE)
+    again, given = linear.linear_bwd(dy, w, x, b, partial=partial)
+    assert given is partial and torch.equal(again, dz)
+    torch.testing.assert_close(partial.sum((0, 1)), db)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -127,31 +169,33 @@ def test_inputs_of_any_strides(dtype):
     check(dy[:1].expand(50, 60), w[:, :1].expand(60, 40), x[:1, :1].expand(50, 40), b[:40], "tanh")
 
 
-@pytest.mark.parametrize("act", [None, "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_blocks_of_rows_and_columns(dtype, act):
-    check(*inputs(200, 260, 70, dtype), act)
+def test_several_blocks_of_rows_and_columns(dtype):
+    check(*inputs(200, 260, 70, dtype), "gelu")
 
 
 def test_more_blocks_of_rows_than_run_as_a_group():
     shape = (1100, 260, 33)
-    config = linear.linear_config(*shape, 2, 2)
+    config = product_config(*shape, 2, 2)
     assert shape[0] > config["GROUP_M"] * config["BLOCK_M"]
     check(*inputs(*shape, torch.bfloat16), "relu")
 
 
 @pytest.mark.parametrize("shape", [(0, 32, 16), (5, 0, 16), (5, 32, 0)], ids=str)
 def test_nothing_gives_nothing(shape):
-    dx, db = linear.linear_bwd(*inputs(*shape, torch.float32)[:2])
-    assert torch.equal(dx, torch.zeros(shape[:2], device=DEVICE))
+    dy, w, x, b = inputs(*shape, torch.float32)
+    dz, db = linear.linear_bwd(dy, w, x, b)
+    assert torch.equal(dz, torch.zeros(shape[:2], device=DEVICE))
     assert torch.equal(db, torch.zeros(shape[1], device=DEVICE))
+    h, kept = linear.linear_fwd(dy, w)
+    assert torch.equal(h, dz) and torch.equal(kept, dz)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("columns", [1, 30, 768, 4096])
 @pytest.mark.parametrize("rows", [1, 65, 1024, 32768])
 def test_tiles_are_powers_of_two_that_fit(rows, columns, itemsize):
-    config = linear.linear_config(rows, columns, 768, itemsize, 132)
+    config = product_config(rows, columns, 768, itemsize, 132)
     assert config["BLOCK_M"] in (64, 128) and config["BLOCK_N"] == 128
     # a row of both factors' tiles is one line of 128 bytes
     assert config["BLOCK_K"] * itemsize == 128
@@ -160,33 +204,7 @@ def test_tiles_are_powers_of_two_that_fit(rows, columns, itemsize):
 
 def test_tiles_are_smaller_where_there_would_be_too_few():
     def heights(columns):
-        return {m: linear.linear_config(m, columns, 768, 2, 132)["BLOCK_M"] for m in (2048, 8192)}
+        return {m: product_config(m, columns, 768, 2, 132)["BLOCK_M"] for m in (2048, 8192)}
 
     assert heights(768) == {2048: 64, 8192: 128}
     assert heights(3072) == {2048: 128, 8192: 128}
-
-
-def test_without_measurements_the_vendor_multiplies(monkeypatch):
-    monkeypatch.setattr(linear, "MEASURED", {})
-    dy, w, *_ = inputs(64, 32, 16, torch.float32)
-    assert not linear.beats_vendor(dy, w)
-
-
-def test_on_a_cpu_the_vendor_multiplies(monkeypatch):
-    monkeypatch.setattr(linear, "MEASURED", {(9, 0): {(16, 32): 1}})
-    assert not linear.beats_vendor(torch.zeros(64, 16), torch.zeros(16, 32))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_measurements_of_this_device_decide(monkeypatch):
-    here = torch.cuda.get_device_capability()
-    dy, w = torch.zeros(64, 16, device="cuda"), torch.zeros(16, 32, device="cuda")
-    for measured, wins in (
-        ({here: {(16, 32): 64}}, True),
-        ({here: {(16, 32): 65}}, False),
-        ({here: {(32, 16): 1}}, False),
-        ({(0, 0): {(16, 32): 1}}, False),
-    ):
-        monkeypatch.setattr(linear, "MEASURED", measured)
-        assert linear.beats_vendor(dy, w) is wins

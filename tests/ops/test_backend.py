@@ -1,5 +1,7 @@
 """`BITFIT_FAST_BACKEND`: which implementation runs, and what is said where it cannot."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -193,3 +195,56 @@ def test_under_the_interpreter_auto_takes_tritons_kernels(launched, spy, monkeyp
     if not native.unavailable():
         column_sum(torch.eye(4))
         assert len(launched) == len(names) == 1
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Answer for what measures: a GPU on which fused products are faster."""
+    from bitfit_fast.kernels import measured
+
+    problems = []
+
+    def is_faster(ours, other, device, *problem):
+        problems.append(" ".join(map(str, problem)))
+        return True
+
+    monkeypatch.setattr(measured, "is_faster", is_faster)
+    monkeypatch.delenv(_backend.BACKEND_VARIABLE, raising=False)
+    return problems
+
+
+def fuses(rows, columns, inner=64, dtype=torch.bfloat16, cuda=True):
+    tensor = Mock(spec=torch.Tensor, shape=(rows, inner), dtype=dtype, is_cuda=cuda)
+    tensor.device = torch.device("cuda" if cuda else "cpu")
+    return _backend.fuses_product(tensor, columns, bool, bool, "linear_bwd", "gelu")
+
+
+def test_a_large_product_is_fused_where_that_was_measured_to_be_faster(asked, monkeypatch):
+    monkeypatch.delenv(_backend.PRODUCTS_VARIABLE, raising=False)
+    assert fuses(1024, 3072) and fuses(1000, 3072) and fuses(1025, 3072)
+    one, same, other = asked
+    assert one == same == "linear_bwd gelu bfloat16 1024x3072x64" and "2048x" in other
+    asked.clear()
+    for never in (
+        fuses(16, 3072),
+        fuses(1024, 3072, dtype=torch.float32),
+        fuses(1024, 3072, cuda=False),
+    ):
+        assert not never and not asked
+
+
+def test_the_variable_of_products_chooses(asked, monkeypatch):
+    for chosen in ("fused", "vendor"):
+        monkeypatch.setenv(_backend.PRODUCTS_VARIABLE, chosen)
+        assert fuses(16, 32) == (chosen == "fused")
+    monkeypatch.setenv(_backend.BACKEND_VARIABLE, "torch")
+    assert not fuses(1024, 3072)
+    assert not asked
+
+
+def test_an_unknown_kind_of_product_is_named_with_the_valid_ones(asked, monkeypatch):
+    monkeypatch.setenv(_backend.PRODUCTS_VARIABLE, "cublas")
+    with pytest.raises(BitFitError) as raised:
+        fuses(1024, 3072)
+    for part in (_backend.PRODUCTS_VARIABLE, "'cublas'", "auto", "fused", "vendor"):
+        assert part in str(raised.value)

@@ -7,7 +7,8 @@ import torch
 
 import bitfit_fast.ops.adamw
 import bitfit_fast.ops.embedding  # noqa: F401
-from bitfit_fast.encoder.sums import column_rows, layer_norm_rows
+from bitfit_fast.encoder.sums import column_rows, layer_norm_rows, product_rows
+from bitfit_fast.ops._backend import PRODUCTS_VARIABLE
 
 ops = torch.ops.bitfit_fast
 ROWS, COLUMNS = 6, 9
@@ -97,7 +98,27 @@ def test_activation_bwd_on_every_layout(randn):
         check_layout(ops.activation_bwd, dh, dh, None, "tanh")
 
 
-def test_linear_activation_bwd_on_every_choice(randn):
+@pytest.fixture(params=["vendor", "fused"])
+def products(request, monkeypatch):
+    """Which products run; without Triton's kernels there is one kind."""
+    monkeypatch.setenv(PRODUCTS_VARIABLE, request.param)
+
+
+@pytest.mark.parametrize("few_bits", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_linear_activation_fwd_on_every_choice(few_bits, keeps, products, randn):
+    x, w = randn(ROWS, 5), randn(COLUMNS, 5)
+    for b in (None, randn(COLUMNS)):
+        check(ops.linear_activation_fwd, x, w, b, "gelu", few_bits, keeps)
+
+
+def test_linear_activation_fwd_on_every_layout(products, randn):
+    for x in layouts(randn):
+        w = randn(COLUMNS, COLUMNS).t()
+        check_layout(ops.linear_activation_fwd, x, w, randn(COLUMNS), "gelu", False, True)
+
+
+def test_linear_activation_bwd_on_every_choice(products, randn):
     dy, w, x = randn(ROWS, 5), randn(5, COLUMNS), randn(ROWS, COLUMNS)
     for b in (None, randn(COLUMNS)):
         check(ops.linear_activation_bwd, dy, w, x, b, "gelu")
@@ -105,7 +126,7 @@ def test_linear_activation_bwd_on_every_choice(randn):
     check(ops.linear_activation_bwd, dy, w, d, None, "gelu")
 
 
-def test_linear_activation_bwd_on_every_layout(randn):
+def test_linear_activation_bwd_on_every_layout(products, randn):
     for dy, x in zip(layouts(randn), reversed(layouts(randn))):
         check_layout(ops.linear_activation_bwd, dy, randn(COLUMNS, COLUMNS).t(), x, None, "gelu")
 
@@ -181,6 +202,13 @@ def test_activation_bwd_partial__on_every_choice(randn):
     partial = randn(1, column_rows(dh), COLUMNS)
     for b in (None, randn(COLUMNS)):
         check(ops.activation_bwd_partial_, dh, x, b, "gelu", partial)
+
+
+def test_linear_activation_bwd_partial_on_every_choice(randn):
+    dy, w, x = randn(ROWS, 5), randn(5, COLUMNS), randn(ROWS, COLUMNS)
+    partial = randn(1, product_rows(dy, w), COLUMNS)
+    for b in (None, randn(COLUMNS)):
+        check(ops.linear_activation_bwd_partial, dy, w, x, b, "gelu", partial)
 
 
 def test_add_segments_on_every_choice(randn, device):

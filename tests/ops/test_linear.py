@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bitfit_fast.ops import ACTIVATIONS, bias_activation, feed_forward, linear
+from bitfit_fast.ops._backend import PRODUCTS_VARIABLE
 from bitfit_fast.ops.activation import composed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -126,6 +127,27 @@ def test_the_feed_forward_block_is_as_exact_as_pytorchs(dtype, act, randn, compa
     inputs = block_inputs(randn, (33, 15), dtype)
     dy = randn(33, 7, dtype=dtype)
     compare(own_feed_forward(act), stock_feed_forward(act), inputs, dy, frozen=("w1", "w2"))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_with_the_activation_in_them_are_as_exact(
+    dtype, randn, compare, differentiate, monkeypatch
+):
+    inputs, dy = block_inputs(randn, (33, 15), dtype), randn(33, 7, dtype=dtype)
+    found = []
+    for chosen in ("fused", "vendor"):
+        monkeypatch.setenv(PRODUCTS_VARIABLE, chosen)
+        given = (own_feed_forward(), stock_feed_forward(), inputs, dy)
+        found.append(compare(*given, frozen=("w1", "w2")))
+        for frozen in (("x", "w1", "w2"), ("w1", "b1", "w2")):
+            compare(*given, frozen=frozen)
+        # of a derivative in 8 bits only the steps are the same
+        few = differentiate(own_feed_forward(few_bits=True), inputs, [dy], ("w1", "w2"))
+        assert torch.equal(few["y0"], found[-1]["y0"])
+        torch.testing.assert_close(few["b1"], found[-1]["b1"], rtol=0.05, atol=0.1)
+    # what is in the kernel is not rounded in between
+    assert dtype == torch.float32 or not torch.equal(found[0]["y0"], found[1]["y0"])
 
 
 @pytest.mark.parametrize("shape", [(15,), (0, 15), (1, 15), (3, 5, 15), (2, 3, 2, 15)], ids=str)

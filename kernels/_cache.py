@@ -1,0 +1,25 @@
+"""The folder where what was built or measured on this machine is kept for later runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["cache_folder", "put"]
+
+
+def cache_folder() -> Path:
+    """Return `$XDG_CACHE_HOME/bitfit_fast`; RuntimeError where there is no home either."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "bitfit_fast"
+
+
+def put(file: Path, make: Callable[[Path], object]) -> None:
+    """Let `make` write a file beside its place, and move it there: others may be writing it too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        make(made)
+        os.replace(made, file)
