@@ -16,9 +16,11 @@
 
 namespace {
 
-constexpr int64_t PANELS = CACHE * 3 / 8;    // bytes of a weight that the second-level cache keeps,
-constexpr int64_t ROWS = CACHE * 3 / 8;      // and of what is multiplied by it
-constexpr int64_t END_ROWS = CACHE * 5 / 8;  // and of all that a layer's end holds of some rows
+constexpr int64_t PANELS = CACHE * 3 / 8;  // bytes of a weight that the second-level cache keeps
+// Blocks of 32 rows that a thread works on at once: a weight passes through its cache once for all
+// of them. Of wide layers these are more than that cache holds, but the rows of a product are read
+// again from the next one as fast as they are multiplied, and a weight, which is larger, is not.
+constexpr int64_t AT_ONCE = 8;
 constexpr int64_t SLICE = 384;
 
 static_assert(BLOCK == SIDE, "sums over tokens are taken in the same blocks");
@@ -120,13 +122,6 @@ void multiply_rows(Operand<Number<X>> gathered, int64_t count, const Weight& wei
     finish(0, SIDE);
 }
 
-// How many blocks of 32 rows a thread works on at once, of that width: they stay in its
-// second-level cache, and a weight passes through it once for all of them.
-template <class X>
-inline int64_t blocks_at_once(int64_t width) {
-    return std::max<int64_t>(1, std::min<int64_t>(8, ROWS / (width * SIDE * BYTES<X>)));
-}
-
 // Calls done(numbers, first row, rows, first column) for x times a packed weight.
 template <class X, class Done>
 void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int threads,
@@ -134,7 +129,7 @@ void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int
     const int64_t blocks = whole(rows), panels = weight.columns / SIDE;
     const int64_t down = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
     const int64_t across = std::max<int64_t>(1, std::min<int64_t>(threads / down, panels));
-    const int64_t chunk = blocks_at_once<X>(weight.depth), plane = chunk * SIDE * weight.depth;
+    const int64_t chunk = std::max<int64_t>(1, std::min(AT_ONCE, blocks)), plane = chunk * SIDE * weight.depth;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < down * across; part++) {
         [[maybe_unused]] Units units;
@@ -245,11 +240,10 @@ struct Junction {
     Dropout drop(int rounds) const { return {threshold, scale, seed, rounds}; }
 };
 
-// Calls work(first row, rows, scratch) for pieces of some rows that stay in a thread's cache.
+// Calls work(first row, rows, scratch) for pieces of some rows, of which a thread has one at a time.
 template <class Work>
 void each_chunk(int64_t rows, int64_t bytes_a_row, int threads, Work work) {
-    const int64_t blocks = whole(rows), most = END_ROWS / (bytes_a_row * SIDE);
-    const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(8, most));
+    const int64_t blocks = whole(rows), chunk = std::max<int64_t>(1, std::min(AT_ONCE, blocks));
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < parts; part++) {
