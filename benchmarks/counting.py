@@ -224,7 +224,8 @@ class Counting(TorchDispatchMode):
 
     def fuses(self, a: Tensor, columns: int) -> bool:
         """Return whether a product with this first factor is one kernel with its activation."""
-        return self.fused and is_worth_measuring(a.shape[0], columns)
+        of_units = a.dtype != torch.float32
+        return self.fused and of_units and is_worth_measuring(a.shape[0], columns)
 
     def _works(self, func: Any, args: Any, kwargs: Any, out: Any) -> list[Work]:
         name = func.overloadpacket.__name__

@@ -11,10 +11,10 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from provenance import QUICK
@@ -407,17 +407,32 @@ def _variants() -> Iterator[Variant]:
 VARIANTS = {variant.name: variant for variant in _variants()}
 
 
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Let variables have these values, and touch no others: threads may be reading them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def build(variant: Variant, setting: Setting, **options: Any) -> Callable[[Batch], Tensor]:
     """Return a variant's step; `options` are settings of its plan.
 
     Its attribute `inner` is the product's step.
     """
-    with mock.patch.dict(os.environ, variant.environment):
+    with _environment(variant.environment):
         inner = variant.make(setting, plan(setting, precision=variant.precision, **options))
 
     @functools.wraps(inner.__call__)
     def step(batch: Batch) -> Tensor:
-        with mock.patch.dict(os.environ, variant.environment):
+        with _environment(variant.environment):
             return inner(batch)
 
     step.inner = inner  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,10 +17,17 @@ def cache_folder() -> Path:
     return Path(base) / "bitfit_fast"
 
 
-def put(file: Path, make: Callable[[Path], object]) -> None:
-    """Let `make` write a file beside its place, and move it there: others may be writing it too."""
+def put(file: Path, make: Callable[[Path], object], replaces: bool = True) -> None:
+    """Let `make` write a file beside its place, and move it there: others may be writing it too.
+
+    What is there already stays unless the new one `replaces` it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
         make(made)
-        os.replace(made, file)
+        if replaces:
+            os.replace(made, file)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(made, file)

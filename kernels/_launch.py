@@ -100,11 +100,11 @@ def product_config(
     # without matrix units, as in fp32, threads hold parts of both factors in registers
     wide = itemsize == 4
     # rows that begin anywhere are read element by element, each with a register of its own
-    even = inner % (128 // itemsize) == 0
+    even = inner % 64 == 0
     return {
         "BLOCK_M": 64 if few or wide else 128,
         "BLOCK_N": 128,
-        "BLOCK_K": 128 // itemsize if even else 32,
+        "BLOCK_K": 16 if wide else 64 if even else 32,
         "GROUP_M": 8,
         # four warps multiply 64 rows at once, and all columns: that reads shared memory the least
         "num_warps": 4 if few and even and not wide else 8,

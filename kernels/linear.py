@@ -142,6 +142,8 @@ def _linear_bwd_kernel(
 def _launch(a: Tensor, w: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Return how many blocks of rows and columns a product has, and the configuration."""
     (rows, inner), columns = a.shape, w.shape[1]
+    if w.shape[0] != inner:
+        raise RuntimeError(f"{tuple(a.shape)} and {tuple(w.shape)} cannot be multiplied")
     config = product_config(rows, columns, inner, a.element_size(), processors(a))
     blocks = cdiv(rows, config["BLOCK_M"]), cdiv(columns, config["BLOCK_N"])
     return blocks, {**config, "EVEN_K": inner % config["BLOCK_K"] == 0}
@@ -268,6 +270,8 @@ def linear_bwd(
                 ACT=act,
                 HAS_BIAS=has_bias,
                 FEW_BITS=few_bits,
+                # the assembler spills rather than take more on its own, where four warps multiply
+                maxnreg=224 if config["num_warps"] == 4 else None,
                 **config,
             )
     return dz, partial if later else add_partial_rows(partial)[0]

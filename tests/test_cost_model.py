@@ -42,7 +42,7 @@ def sizes(tmp_path_factory):
     @functools.cache
     def of(dropout):
         path = tmp_path_factory.mktemp("counts") / "counts.json"
-        run("--long", "--dropout", dropout, "--output", str(path))
+        run("--long", "--apart", "--dropout", dropout, "--output", str(path))
         found = json.loads(path.read_text(encoding="utf-8"))
         assert (found["long"]["task"], found["long"]["batch_size"]) == ("128", 64)
         return {"64 x 16": found["counts"], "128 x 64": found["long"]["counts"]}
@@ -71,9 +71,12 @@ def test_no_count_grows(now, before, variant):
     assert not grown, f"{variant}: {grown} (before, now)"
 
 
-@pytest.mark.parametrize(("dropout", "most"), [("0", 197), ("0.1", 201)])
-def test_the_fast_step_makes_few_launches(sizes, dropout, most):
-    assert sizes(dropout)["64 x 16"]["fast"]["launches"] <= most
+@pytest.mark.parametrize(("dropout", "fused", "apart"), [("0", 197, 219), ("0.1", 201, 223)])
+def test_the_fast_step_makes_few_launches(sizes, dropout, fused, apart):
+    found = sizes(dropout)["64 x 16"]
+    assert found["fast"]["launches"] <= fused
+    # where a GPU has measured that the vendor's products and passes of their own are faster
+    assert found["apart"]["launches"] <= apart
 
 
 def test_the_fast_step_does_less_than_the_reference(now):

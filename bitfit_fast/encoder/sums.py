@@ -17,8 +17,8 @@ from ..transfer import sent
 
 __all__ = ["Sums", "defers"]
 
-#: Numbers of partial rows that are kept until they are added: 48 MB, which a GPU's cache holds,
-#: and BERT-base needs 38; and where memory is to be saved.
+#: Numbers of partial rows that are kept until they are added: 48 MB, which a GPU's cache holds, and
+#: BERT-base needs 39 for 1,024 tokens; and where memory is to be saved.
 _ROOM, _FEW = 3 * 2**22, 2**20
 #: Tables of sums that are remembered, of a hundred bytes each: a backward pass of BERT-large that
 #: saves memory has 72, and all have to be there when it is captured.

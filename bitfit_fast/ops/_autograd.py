@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "contiguous", "in_autocast", "once", "operation", "shaped"]
+__all__ = ["as_rows", "contiguous", "in_autocast", "is_watched", "once", "operation", "shaped"]
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ def in_autocast(tensor: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a compiler, a mode or a kind of tensor wants to see operations."""
+def is_watched(tensor: Any) -> bool:
+    """Return whether a compiler, a mode or the tensor's own kind wants to see operations."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(arguments[0]) not in (Tensor, torch.nn.Parameter)
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
     )
 
 
@@ -74,7 +74,7 @@ def operation(
 
         @functools.wraps(implementation)
         def call(*arguments: Any) -> Any:
-            return (registered if _is_watched(arguments) else implementation)(*arguments)
+            return (registered if is_watched(arguments[0]) else implementation)(*arguments)
 
         call.register_fake = registered.register_fake  # type: ignore[attr-defined]
         return call

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BitFitError, listed
-from ..kernels._launch import INTERPRETED, next_power_of_2
+from ..kernels._launch import INTERPRETED, next_power_of_2, processors, product_config
+from ._autograd import is_watched
 
 __all__ = [
     "BACKEND_VARIABLE",
@@ -128,11 +129,7 @@ def is_worth_measuring(rows: int, columns: int) -> bool:
 
 
 def fuses_product(
-    a: Tensor,
-    columns: int,
-    fused: Callable[[], object],
-    apart: Callable[[], object],
-    *problem: object,
+    a: Tensor, w: Tensor, fused: Callable[[], object], apart: Callable[[], object], *problem: object
 ) -> bool:
     """Return whether a product and an activation's pass beside it are to be one Triton kernel.
 
@@ -141,10 +138,8 @@ def fuses_product(
 
     Parameters
     ----------
-    a : Tensor
-        `[M, K]`, the product's first factor.
-    columns : int
-        Of the product.
+    a, w : Tensor
+        `[M, K]` and `[K, N]`, the factors.
     fused, apart : callable
         Do it in one kernel, and in two; called where it is to be measured.
     *problem : object
@@ -160,12 +155,16 @@ def fuses_product(
     chosen = _chosen(PRODUCTS_VARIABLE, _PRODUCTS)
     if chosen != "auto":
         return chosen == "fused"
+    (rows, inner), columns = a.shape, w.shape[1]
     # fp32 has no matrix units to itself, and for few rows the vendor divides a product by its depth
-    if not a.is_cuda or a.dtype == torch.float32 or not is_worth_measuring(a.shape[0], columns):
+    if not a.is_cuda or a.dtype == torch.float32 or not is_worth_measuring(rows, columns):
         return False
+    if is_watched(a):
+        return False  # and would see what is measured
     from ..kernels.measured import is_faster
 
-    # a step of another number of tokens is not another problem
-    rows = next_power_of_2(a.shape[0])
-    size = f"{rows}x{columns}x{a.shape[1]}"
-    return is_faster(fused, apart, a.device, *problem, str(a.dtype).removeprefix("torch."), size)
+    # another number of rows, of as high tiles, is not another problem
+    tile = product_config(rows, columns, inner, a.element_size(), processors(a))["BLOCK_M"]
+    size = f"{next_power_of_2(rows)}x{columns}x{inner} in tiles of {tile}"
+    dtype = str(a.dtype).removeprefix("torch.")
+    return is_faster(fused, apart, a.device, " ".join(map(str, (*problem, dtype, size))))

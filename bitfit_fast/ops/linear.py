@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels._launch import cdiv, column_config, processors, product_config
 from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
 from ._backend import fuses_product, uses_triton
 from .activation import (
@@ -77,33 +78,44 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return _Linear.apply(*_autocast(x, w), b)
 
 
-def fuses_forward(x: Tensor, w: Tensor, b: Tensor | None, act: str, *keeps: bool) -> bool:
+def fuses_forward(
+    x: Tensor, w: Tensor, b: Tensor | None, act: str, few_bits: bool, keeps: bool
+) -> bool:
     """Return whether `linear_activation_fwd` of these is one kernel."""
 
     def fused() -> object:
         from ..kernels import linear as kernel
 
-        return kernel.linear_fwd(x, w.t(), b, act, *keeps)
+        return kernel.linear_fwd(x, w.t(), b, act, few_bits, keeps)
 
     def apart() -> object:
-        return _activated(x @ w.t(), b, act, *keeps)
+        return _activated(x @ w.t(), b, act, few_bits, keeps)
 
-    return fuses_product(x, w.shape[0], fused, apart, "linear_fwd", act, *map(int, keeps))
+    kept = ("8 bits" if few_bits else "input") if keeps else "nothing"
+    return fuses_product(x, w.t(), fused, apart, "linear_fwd", act, "keeps", kept)
 
 
 def fuses_backward(dy: Tensor, w: Tensor, kept: Tensor, b: Tensor | None, act: str) -> bool:
     """Return whether `linear_activation_bwd` of these is one kernel."""
+    # the second stage of the sum is the same for both, and an encoder's is elsewhere
+    (rows, inner), columns, size = dy.shape, w.shape[1], dy.element_size()
 
     def fused() -> object:
         from ..kernels import linear as kernel
 
-        return kernel.linear_bwd(dy, w, kept, b, act)
+        tile = product_config(rows, columns, inner, size, processors(dy))["BLOCK_M"]
+        partial = dy.new_empty(1, cdiv(rows, tile), columns, dtype=torch.float32)
+        return kernel.linear_bwd(dy, w, kept, b, act, partial)
 
     def apart() -> object:
-        return activation_bwd(dy @ w, kept, b, act)
+        from ..kernels import activation as kernel
 
-    few_bits = int(kept.dtype == torch.uint8)
-    return fuses_product(dy, w.shape[1], fused, apart, "linear_bwd", act, few_bits)
+        parts = column_config(rows, columns, processors(dy))["P"]
+        partial = dy.new_empty(1, parts, columns, dtype=torch.float32)
+        return kernel.activation_bwd(dy @ w, kept, b, act, partial, in_place=True)
+
+    from_ = "8 bits" if kept.dtype == torch.uint8 else "input"
+    return fuses_product(dy, w, fused, apart, "linear_bwd", act, "from", from_)
 
 
 def _activated(

@@ -187,6 +187,29 @@ def launches_of_layer_norm(name, m, n, usual):
         yield what, embedding.embedding_layer_norm, (v, v, ids, tables, p, seed, 1e-12, dtype)
 
 
+def launches_of_products(odd):
+    """Yield products with an activation, in high and in low tiles; a width changes none of them.
+
+    All activations where odd sizes are asked for, too, and elsewhere the two that take the most;
+    GELU in fp32 and at odd sizes.
+    """
+    acts = tuple(activation.ACTIVATIONS) if odd else ("gelu", "gelu_tanh")
+    sizes = [("bf16", m, BERT, acts) for m in (ROWS, ROWS // 8)]
+    sizes += [("fp32", ROWS, BERT, ("gelu",)), *(("bf16", *shape, ("gelu",)) for shape in odd[-1:])]
+    for name, m, n, acts in sizes:
+        at, dtype = f"{name} {m}x{n}", DTYPES[name]
+        a, v, w, few = empty(m, n, dtype=dtype), empty(n), empty(n, n, dtype=dtype), empty(m, n)
+        few, forward = few.to(torch.uint8), w.t()
+        for act in acts:
+            yield f"linear_fwd {at} {act}", linear.linear_fwd, (a, forward, v, act)
+            yield f"linear_bwd {at} {act}", linear.linear_bwd, (a, w, a, v, act)
+        yield f"linear_fwd {at} 8-bit", linear.linear_fwd, (a, forward, v, act, True)
+        yield f"linear_bwd {at} 8-bit", linear.linear_bwd, (a, w, few, v, act)
+        if len(acts) > 1:
+            nothing = (a, forward, v, "gelu", False, False)
+            yield f"linear_fwd {at} keeps nothing", linear.linear_fwd, nothing
+
+
 def launches(dtypes, odd):
     """Yield a name, a launcher and its arguments for everything that can be launched.
 
@@ -210,31 +233,20 @@ def launches(dtypes, odd):
             what = f"column_sum {at} dropout={p} segments={cuts is not None}"
             yield what, column_sum.column_sum, (a, cuts, p, seed)
         yield f"dropout {at}", dropout.dropout, (a, 0.1, seed)
-        w, few = empty(n, n, dtype=dtype), empty(m, n, dtype=torch.uint8)
-        # forward, the weight lies the other way round
-        yield (
-            f"linear_fwd {at} keeps nothing",
-            linear.linear_fwd,
-            (a, w.t(), v, "gelu", False, False),
-        )
         for act in activation.ACTIVATIONS if usual else ("gelu",):
             tail = f"{at} {act}"
             yield f"activation_fwd {tail}", activation.activation_fwd, (a, v, act)
             yield f"activation_fwd {tail} 8-bit", activation.activation_fwd, (a, v, act, True)
             yield f"activation_bwd {tail}", activation.activation_bwd, (a, a, v, act)
-            yield f"linear_fwd {tail}", linear.linear_fwd, (a, w.t(), v, act)
-            yield f"linear_bwd {tail}", linear.linear_bwd, (a, w, a, v, act)
         # of a derivative in 8 bits, activations differ in two constants
+        few = empty(m, n, dtype=torch.uint8)
         yield f"activation_bwd {tail} 8-bit", activation.activation_bwd, (a, few, v, act)
-        # the low tile holds half of what the high one does
-        if n == BERT or (m, n) == ODD[-1]:
-            yield f"linear_fwd {tail} 8-bit", linear.linear_fwd, (a, w.t(), v, act, True)
-            yield f"linear_bwd {tail} 8-bit", linear.linear_bwd, (a, w, few, v, act)
         yield from launches_of_layer_norm(name, m, n, usual)
     for adds in (False, True):
         yield f"add_segments adds={adds}", _reduce.add_segments, (*segments(70), adds)
     yield from launches_of_adamw("adamw", 100_000)
     yield from launches_of_attention()
+    yield from launches_of_products(odd)
 
 
 def compiled(capability, launches):

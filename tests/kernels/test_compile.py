@@ -74,6 +74,7 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(results, 
         "layer_norm_fwd_kernel",
         "layer_norm_bwd_kernel",
         "linear_bwd_kernel",
+        "linear_fwd_kernel",
         "dropout_kernel",
         "embedding_layer_norm_kernel",
         "attention_fwd_kernel",
@@ -94,7 +95,7 @@ def test_no_row_count_compiles_a_kernel_again(results):
         for name in (
             *("column_sum", "add_partial_rows", "add_segments", "squares", "adamw"),
             *("activation_fwd", "activation_bwd"),
-            *("layer_norm_fwd", "layer_norm_bwd", "linear_bwd", "dropout"),
+            *("layer_norm_fwd", "layer_norm_bwd", "linear_fwd", "linear_bwd", "dropout"),
             "embedding_layer_norm",
             *("attention_fwd", "attention_bwd", "attention_bwd_all", "attention_bwd_kv"),
         )

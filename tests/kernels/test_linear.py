@@ -197,9 +197,16 @@ def test_nothing_gives_nothing(shape):
 def test_tiles_are_powers_of_two_that_fit(rows, columns, itemsize):
     config = product_config(rows, columns, 768, itemsize, 132)
     assert config["BLOCK_M"] in (64, 128) and config["BLOCK_N"] == 128
-    # a row of both factors' tiles is one line of 128 bytes
-    assert config["BLOCK_K"] * itemsize == 128
-    assert 1 <= config["num_warps"] <= 8
+    # a row of tiles in 16 bits is one line of 128 bytes
+    assert config["BLOCK_K"] == (64 if itemsize == 2 else 16)
+    assert config["num_warps"] == (4 if config["BLOCK_M"] == 64 and itemsize == 2 else 8)
+
+
+def test_factors_that_do_not_fit_are_refused():
+    dy, w, x, _ = inputs(30, 20, 10, torch.float32)
+    for launch in (lambda: linear.linear_fwd(dy, w[1:]), lambda: linear.linear_bwd(dy, w[1:], x)):
+        with pytest.raises(RuntimeError, match=r"\(30, 10\) and \(9, 20\) cannot be multiplied"):
+            launch()
 
 
 def test_tiles_are_smaller_where_there_would_be_too_few():

@@ -204,8 +204,8 @@ def asked(monkeypatch):
 
     problems = []
 
-    def is_faster(ours, other, device, *problem):
-        problems.append(" ".join(map(str, problem)))
+    def is_faster(ours, other, device, problem):
+        problems.append(problem)
         return True
 
     monkeypatch.setattr(measured, "is_faster", is_faster)
@@ -214,16 +214,21 @@ def asked(monkeypatch):
 
 
 def fuses(rows, columns, inner=64, dtype=torch.bfloat16, cuda=True):
-    tensor = Mock(spec=torch.Tensor, shape=(rows, inner), dtype=dtype, is_cuda=cuda)
-    tensor.device = torch.device("cuda" if cuda else "cpu")
-    return _backend.fuses_product(tensor, columns, bool, bool, "linear_bwd", "gelu")
+    options = {"dtype": dtype, "device": torch.device("cuda" if cuda else "cpu"), "is_cuda": cuda}
+    a = Mock(spec=torch.Tensor, shape=(rows, inner), **options)
+    a.element_size = lambda: dtype.itemsize
+    return _backend.fuses_product(a, torch.empty(inner, columns), bool, bool, "linear_bwd", "gelu")
 
 
 def test_a_large_product_is_fused_where_that_was_measured_to_be_faster(asked, monkeypatch):
     monkeypatch.delenv(_backend.PRODUCTS_VARIABLE, raising=False)
-    assert fuses(1024, 3072) and fuses(1000, 3072) and fuses(1025, 3072)
-    one, same, other = asked
-    assert one == same == "linear_bwd gelu bfloat16 1024x3072x64" and "2048x" in other
+    monkeypatch.setattr(_backend, "is_watched", lambda tensor: False)
+    monkeypatch.setattr(_backend, "processors", lambda tensor: 132)
+    assert all(fuses(rows, 3072) for rows in (1024, 1000, 1025, 1281))
+    one, same, more, high = asked
+    assert one == same == "linear_bwd gelu bfloat16 1024x3072x64 in tiles of 64"
+    assert more.endswith(" 2048x3072x64 in tiles of 64")
+    assert high.endswith(" 2048x3072x64 in tiles of 128")
     asked.clear()
     for never in (
         fuses(16, 3072),
@@ -231,6 +236,8 @@ def test_a_large_product_is_fused_where_that_was_measured_to_be_faster(asked, mo
         fuses(1024, 3072, cuda=False),
     ):
         assert not never and not asked
+    monkeypatch.setattr(_backend, "is_watched", lambda tensor: True)
+    assert not fuses(1024, 3072) and not asked
 
 
 def test_the_variable_of_products_chooses(asked, monkeypatch):
