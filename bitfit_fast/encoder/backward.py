@@ -11,7 +11,7 @@ from ..kernels import tiles
 from ..ops.column_sum import bias_gradient, column_sum
 from ..ops.dropout import dropout
 from ..ops.layer_norm import layer_norm_bwd
-from ..ops.linear import fuses_backward
+from ..ops.linear import fuses_backward, product_rows
 from ..ops.partial import (
     activation_bwd_partial_,
     column_sum_partial,
@@ -25,7 +25,7 @@ from .forward import apart, chunks, project
 from .gradients import Gradients
 from .run import Run
 from .stack import KEY, QUERY, ROLES, UP, VALUE, Junction, Layer
-from .sums import column_rows, layer_norm_rows, product_rows
+from .sums import column_rows, layer_norm_rows
 
 __all__ = ["BackwardPass"]
 

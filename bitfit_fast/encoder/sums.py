@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._constants import MAX_COLUMNS
-from ..kernels._launch import cdiv, column_config, processors, product_config
+from ..kernels._launch import column_config, processors
 from ..ops._backend import uses_triton
 from ..ops.partial import add_segments
 from ..transfer import sent
@@ -40,13 +40,6 @@ def layer_norm_rows(x: Tensor) -> int:
 def column_rows(x: Tensor) -> int:
     """Return how many partial rows a pass over a matrix makes that sums columns on its way."""
     return column_config(x.shape[0], x.shape[1], processors(x))["P"]
-
-
-def product_rows(dy: Tensor, w: Tensor) -> int:
-    """Return how many partial rows a product makes that sums columns on its way."""
-    (rows, inner), columns = dy.shape, w.shape[1]
-    config = product_config(rows, columns, inner, dy.element_size(), processors(dy))
-    return cdiv(rows, config["BLOCK_M"])
 
 
 class Sums:

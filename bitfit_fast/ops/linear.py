@@ -78,6 +78,13 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return _Linear.apply(*_autocast(x, w), b)
 
 
+def product_rows(dy: Tensor, w: Tensor) -> int:
+    """Return how many partial rows a product in one kernel makes of its column sum."""
+    (rows, inner), columns = dy.shape, w.shape[1]
+    config = product_config(rows, columns, inner, dy.element_size(), processors(dy))
+    return cdiv(rows, config["BLOCK_M"])
+
+
 def fuses_forward(
     x: Tensor, w: Tensor, b: Tensor | None, act: str, few_bits: bool, keeps: bool
 ) -> bool:
@@ -98,20 +105,18 @@ def fuses_forward(
 def fuses_backward(dy: Tensor, w: Tensor, kept: Tensor, b: Tensor | None, act: str) -> bool:
     """Return whether `linear_activation_bwd` of these is one kernel."""
     # the second stage of the sum is the same for both, and an encoder's is elsewhere
-    (rows, inner), columns, size = dy.shape, w.shape[1], dy.element_size()
 
     def fused() -> object:
         from ..kernels import linear as kernel
 
-        tile = product_config(rows, columns, inner, size, processors(dy))["BLOCK_M"]
-        partial = dy.new_empty(1, cdiv(rows, tile), columns, dtype=torch.float32)
+        partial = dy.new_empty(1, product_rows(dy, w), w.shape[1], dtype=torch.float32)
         return kernel.linear_bwd(dy, w, kept, b, act, partial)
 
     def apart() -> object:
         from ..kernels import activation as kernel
 
-        parts = column_config(rows, columns, processors(dy))["P"]
-        partial = dy.new_empty(1, parts, columns, dtype=torch.float32)
+        parts = column_config(dy.shape[0], w.shape[1], processors(dy))["P"]
+        partial = dy.new_empty(1, parts, w.shape[1], dtype=torch.float32)
         return kernel.activation_bwd(dy @ w, kept, b, act, partial, in_place=True)
 
     from_ = "8 bits" if kept.dtype == torch.uint8 else "input"

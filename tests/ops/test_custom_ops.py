@@ -7,8 +7,9 @@ import torch
 
 import bitfit_fast.ops.adamw
 import bitfit_fast.ops.embedding  # noqa: F401
-from bitfit_fast.encoder.sums import column_rows, layer_norm_rows, product_rows
+from bitfit_fast.encoder.sums import column_rows, layer_norm_rows
 from bitfit_fast.ops._backend import PRODUCTS_VARIABLE
+from bitfit_fast.ops.linear import product_rows
 
 ops = torch.ops.bitfit_fast
 ROWS, COLUMNS = 6, 9
