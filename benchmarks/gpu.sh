@@ -54,7 +54,7 @@ else
     tests=(tests/encoder/test_kernels.py tests/training/test_graph.py tests/training/test_passes.py)
     for tested in tests/kernels/test_*.py; do
         case $tested in
-            *_compile.py | *_emulated.py | *_native*.py | *_tiles.py) ;;
+            *_compile.py | *_emulated.py | *_library.py | *_native*.py | *_tiles.py) ;;
             *) tests+=("$tested") ;;
         esac
     done

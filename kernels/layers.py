@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import library
 from ._constants import ROUNDS
 from .tiles import Norm, Packed, _Junction, _room_for_slopes, _Slopes, _slopes
 
 __all__ = ["Heads", "Kept", "Layer", "layers_bwd", "layers_fwd"]
 
-_P, _L, _I, _F, _ = native.C_TYPES
+_P, _L, _I, _F, _ = library.C_TYPES
 
 
 class _Layer(ctypes.Structure):
@@ -103,11 +103,11 @@ Kept = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _struct(layer: Layer, q: Tensor | None, qkv: Tensor, kept: Any, act: str) -> _Layer:
     hat, rstd, slope, end_hat, end_rstd = kept or (None,) * 5
-    threshold, scale, seed, _ = native._dropped(layer.p, layer.seed)
+    threshold, scale, seed, _ = library.dropped(layer.p, layer.seed)
     return _Layer(
         None if layer.q is None else layer.q.address,
         *(weight.address for weight in layer.weights),
-        *map(native._pointer, (layer.q_b, layer.qkv_b, layer.up_b, q, qkv)),
+        *map(library.pointer, (layer.q_b, layer.qkv_b, layer.up_b, q, qkv)),
         layer.norms[0].struct(hat, rstd),
         layer.norms[1].struct(end_hat, end_rstd),
         _slopes(slope, act),
@@ -128,14 +128,14 @@ def _run(
     through = _Through(
         *(len(structs), tokens, heads.count, size),
         *(heads.starts.data_ptr(), heads.each.data_ptr(), len(heads.starts) - 1, first_tokens),
-        *(native._pointer(bias), *strides, size**-0.5),
+        *(library.pointer(bias), *strides, size**-0.5),
         *(t.data_ptr() for t in (x, o, spare, room[len(room) - first_tokens :], y)),
         ROUNDS,
     )
     layers = (_Layer * len(structs))(*structs)
     addresses = [ctypes.addressof(layers), ctypes.addressof(through)]
     addresses += [rest.data_ptr()] * backward
-    native._call(which, native.DTYPES[x.dtype], native.ACTS[act], *addresses)
+    library.call(which, library.DTYPES[x.dtype], library.ACTS[act], *addresses)
 
 
 def layers_fwd(
@@ -223,8 +223,8 @@ def layers_bwd(
         room = dy.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
         found = [part if wanted else None for part, wanted in zip(room, needed)]
         struct = _struct(layer, each[0], each[1], each[2:], act)
-        struct.ends[:] = [*map(native._pointer, found[:5])]
-        struct.sums[:] = [*map(native._pointer, found[5:])]
+        struct.ends[:] = [*map(library.pointer, found[:5])]
+        struct.sums[:] = [*map(library.pointer, found[5:])]
         structs.append(struct)
         sums.append(found)
     tokens = len(kept[0][1])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import library
 from ._constants import ROUNDS, quantisation
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "packed_bytes",
 ]
 
-_P, _L, _I, _F, _D = native.C_TYPES
+_P, _L, _I, _F, _D = library.C_TYPES
 
 #: Of weights and heads' sizes, multiples are what these kernels take.
 SIDE = 32
@@ -111,39 +111,36 @@ def beat_libraries(weight: Tensor) -> bool:
     and without instructions for bf16 compute at a fifth of the speed of fp32; in fp32 the two
     are alike, and packed weights would take memory for nothing.
     """
-    if not native.has_tiles() or any(size % SIDE for size in weight.shape):
+    if not library.has_tiles() or any(size % SIDE for size in weight.shape):
         return False
-    return weight.dtype == torch.bfloat16 or native.has_matrix_units()
+    return weight.dtype == torch.bfloat16 or library.has_matrix_units()
 
 
 def packed_bytes(operand: Tensor) -> int:
     """Return how much memory an operand takes once it is packed."""
-    planes, number = native.layout(operand.dtype)
+    planes, number = library.layout(operand.dtype)
     return planes * number.itemsize * operand.numel()
 
 
 def pack(operand: Tensor) -> Packed:
     """Pack a right operand `[K, N]`, bf16 or fp32, any strides; K and N are multiples of 32."""
     depth, columns = operand.shape
-    planes, number = native.layout(operand.dtype)
+    planes, number = library.layout(operand.dtype)
     data = operand.new_empty(planes * operand.numel(), dtype=number)
-    native._call("pack", _type(operand), operand.data_ptr(), *operand.stride(), depth, columns,
+    library.call("pack", _type(operand), operand.data_ptr(), *operand.stride(), depth, columns,
                  data.data_ptr())  # fmt: skip
     return Packed(data, depth * SIDE, depth, columns, depth * columns)
 
 
 def _type(tensor: Tensor) -> int:
-    return native.DTYPES[tensor.dtype]
+    return library.DTYPES[tensor.dtype]
 
 
 def _slopes(kept: Tensor | None, act: str, is_slope: bool = True) -> _Slopes:
     if kept is None:
-        return _Slopes(None, native.SLOPE, 0.0, 1.0)
+        return _Slopes(None, library.SLOPE, 0.0, 1.0)
     assert kept.is_contiguous()
-    kind = (
-        native.LEVELS if kept.dtype == torch.uint8 else native.SLOPE if is_slope else native.INPUT
-    )
-    return _Slopes(kept.data_ptr(), kind, *quantisation(act))
+    return _Slopes(kept.data_ptr(), library.kind(kept, is_slope), *quantisation(act))
 
 
 def _room_for_slopes(x: Tensor, columns: int, few_bits: bool) -> Tensor:
@@ -156,15 +153,15 @@ def linear(
 ) -> Tensor:
     """Return `x W + b`, or `x W` added to `onto`, in place; all of one dtype but b."""
     assert onto is None or onto.is_contiguous()
-    x, b = native._rows(x), native._vector(b)
+    x, b = library.contiguous_rows(x), library.vector(b)
     y = x.new_empty(x.shape[0], weight.columns) if onto is None else onto
-    native._call(
+    library.call(
         "linear",
         _type(x),
         x.data_ptr(),
         x.stride(0),
         weight.address,
-        native._pointer(b),
+        library.pointer(b),
         y.data_ptr(),
         onto is not None,
         x.shape[0],
@@ -176,18 +173,18 @@ def linear_activation(
     x: Tensor, weight: Packed, b: Tensor | None, act: str, few_bits: bool, keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return act(x W + b), and act' if it is to be kept, in the dtype of x or in 8 bits."""
-    x, b = native._rows(x), native._vector(b)
+    x, b = library.contiguous_rows(x), library.vector(b)
     h = x.new_empty(x.shape[0], weight.columns)
     kept = _room_for_slopes(x, weight.columns, few_bits) if keeps else None
     slopes = _slopes(kept, act)
-    native._call(
+    library.call(
         "linear_activation",
         _type(x),
-        native.ACTS[act],
+        library.ACTS[act],
         x.data_ptr(),
         x.stride(0),
         weight.address,
-        native._pointer(b),
+        library.pointer(b),
         h.data_ptr(),
         ctypes.addressof(slopes),
         x.shape[0],
@@ -199,19 +196,19 @@ def linear_activation_bwd(
     dy: Tensor, weight: Packed, kept: Tensor, b: Tensor | None, act: str, is_slope: bool
 ) -> tuple[Tensor, Tensor]:
     """Return `dz = (dy W) act'`, and its sum over tokens; `kept` as in `activation_bwd`."""
-    dy, b = native._rows(dy), native._vector(b)
+    dy, b = library.contiguous_rows(dy), library.vector(b)
     dz = dy.new_empty(kept.shape)
     db = dy.new_empty(weight.columns, dtype=torch.float32)
     slopes = _slopes(kept, act, is_slope)
-    native._call(
+    library.call(
         "linear_activation_bwd",
         _type(dy),
-        native.ACTS[act],
+        library.ACTS[act],
         dy.data_ptr(),
         dy.stride(0),
         weight.address,
         ctypes.addressof(slopes),
-        native._pointer(b),
+        library.pointer(b),
         dz.data_ptr(),
         db.data_ptr(),
         dy.shape[0],
@@ -244,9 +241,9 @@ class Norm:
 
     def struct(self, xhat: Tensor | None, rstd: Tensor | None) -> _Junction:
         """Return it for the library, with where normalised rows and their scale lie."""
-        drop = native._dropped(self.p, self.seed)[:3]
-        vectors = (native._pointer(t) for t in (self.b, self.gamma, self.beta))
-        return _Junction(*vectors, self.eps, native._pointer(xhat), native._pointer(rstd), *drop)
+        drop = library.dropped(self.p, self.seed)[:3]
+        vectors = (library.pointer(t) for t in (self.b, self.gamma, self.beta))
+        return _Junction(*vectors, self.eps, library.pointer(xhat), library.pointer(rstd), *drop)
 
 
 def layer_end(
@@ -337,13 +334,13 @@ def _layer_end(
     hat, rstd, slope, end_hat, end_rstd = kept or (None,) * 5
     structs = norms[0].struct(hat, rstd), _slopes(slope, act), norms[1].struct(end_hat, end_rstd)
     middle, slopes, end = map(ctypes.addressof, structs)
-    native._call(
+    library.call(
         f"layer_end{which}",
         _type(inputs[0]),
-        native.ACTS[act],
-        *map(native._pointer, inputs),
-        *(out, middle, up, native._pointer(b), slopes, down, end),
-        *map(native._pointer, outputs),
+        library.ACTS[act],
+        *map(library.pointer, inputs),
+        *(out, middle, up, library.pointer(b), slopes, down, end),
+        *map(library.pointer, outputs),
         inputs[0].shape[0],
         ROUNDS,
     )
@@ -367,7 +364,7 @@ def _heads(
         starts_k.data_ptr(),
         len(starts_q) - 1,
         *q.shape[1:],
-        native._pointer(bias),
+        library.pointer(bias),
         *strides,
         size**-0.5,
     )
@@ -398,7 +395,7 @@ def attention_fwd(
     """
     o = q.new_empty(q.shape)
     heads = _heads(q, k, v, starts_q, starts_k, bias)
-    native._call("attention_fwd", _type(q), *heads, o.data_ptr(), *native._dropped(p, seed))
+    library.call("attention_fwd", _type(q), *heads, o.data_ptr(), *library.dropped(p, seed))
     return o
 
 
@@ -417,15 +414,15 @@ def attention_bwd(
 ) -> None:
     """Write the gradients of q, and of k and v if `dkv` `[*, 2, H, D]` is there."""
     dk, dv = (None, None) if dkv is None else dkv.unbind(1)
-    native._call(
+    library.call(
         "attention_bwd",
         _type(q),
         *_heads(q, k, v, starts_q, starts_k, bias),
         do.data_ptr(),
         dq.data_ptr(),
         dq.stride(0),
-        native._pointer(dk),
-        native._pointer(dv),
+        library.pointer(dk),
+        library.pointer(dv),
         0 if dkv is None else dkv.stride(0),
-        *native._dropped(p, seed),
+        *library.dropped(p, seed),
     )

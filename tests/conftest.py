@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from bitfit_fast import select
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
 # tensors this small are done before a second thread has begun
@@ -102,7 +102,7 @@ def no_interpreter(request, monkeypatch):
     """
     folder = request.path.relative_to(Path(__file__).parent).parts[0]
     if not torch.cuda.is_available() and folder not in ("kernels", "ops"):
-        fast = native.unavailable() is None
+        fast = library.unavailable() is None
         monkeypatch.setenv(BACKEND_VARIABLE, "native" if fast else "torch")
 
 

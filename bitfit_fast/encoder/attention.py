@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels import native, tiles
+from ..kernels import library, native, tiles
 from ..ops import attention as pytorch
 from ..ops._backend import uses_native, uses_triton
 from ..ops.column_sum import bias_gradient
@@ -40,7 +40,7 @@ def takes_tiles(x: Tensor, size: int, packing: Packing) -> bool:
     """
     if packing.longest > _LONGEST or uses_triton(x) or not uses_native(x):
         return False
-    return native.has_tiles() and not size % tiles.SIDE
+    return library.has_tiles() and not size % tiles.SIDE
 
 
 def _starts(q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int, int]:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..additions import Addition
 from ..errors import BitFitError
-from ..kernels import native
+from ..kernels import library
 from .places import is_transposed, matrices
 
 __all__ = ["Entries", "Sparse"]
@@ -115,7 +115,7 @@ class Entries:
 
 def _gather(a: Tensor) -> int:
     """Return what a single entry of a product of such operands costs."""
-    by_matrix_units = a.itemsize == 2 and (a.is_cuda or native.has_matrix_units())
+    by_matrix_units = a.itemsize == 2 and (a.is_cuda or library.has_matrix_units())
     return GATHER_OF_MATRIX_UNITS if by_matrix_units else GATHER
 
 

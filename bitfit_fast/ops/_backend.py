@@ -112,12 +112,12 @@ def uses_native(*tensors: Tensor | None) -> bool:
     chosen = _chosen()
     if chosen in ("torch", "triton"):
         return False
-    from ..kernels import native
+    from ..kernels import library
 
     for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.dtype in native.DTYPES):
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in library.DTYPES):
             return False
-    reason = native.unavailable()
+    reason = library.unavailable()
     if reason is not None and chosen == "native":
         raise BitFitError(f"{BACKEND_VARIABLE} is 'native', but {reason}")
     return reason is None

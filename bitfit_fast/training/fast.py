@@ -15,7 +15,7 @@ from ..arena import Arena, ArenaAdamW
 from ..data.batches import Batch, Collate, Features, move
 from ..encoder import LENGTHS, MEMORY, encoder_of, for_model, refusal
 from ..errors import BitFitError
-from ..kernels import native
+from ..kernels import library
 from ..kinds import KINDS, forward, kind_of
 from ..patching import patch_encoder, unpatch
 from ..selection import NO_GRADIENT, Selection
@@ -257,7 +257,7 @@ class FastBackend:
             reads_padding=False if spans else None,
         )
         said = str(done)
-        if plan.device.type == "cpu" and (reason := native.unavailable()):
+        if plan.device.type == "cpu" and (reason := library.unavailable()):
             said += f"\nwithout the kernels for CPUs, which makes it slow: {reason}"
         return partial(unpatch, model), said
 

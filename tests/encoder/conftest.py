@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfit_fast
 from bitfit_fast.encoder import Encoder
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.models.families import biases
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
@@ -73,7 +73,7 @@ def backend(request, monkeypatch):
     chosen = getattr(request, "param", "torch")
     if chosen == "triton":
         pytest.importorskip("triton", reason="triton is installed on Linux only")
-    if chosen == "native" and (reason := native.unavailable()):
+    if chosen == "native" and (reason := library.unavailable()):
         pytest.skip(reason)
     monkeypatch.setenv(BACKEND_VARIABLE, chosen)
     return chosen

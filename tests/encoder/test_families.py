@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bitfit_fast
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 from bitfit_fast.models.families import FAMILIES
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
@@ -109,7 +109,7 @@ def test_few_tokens(lengths, case, agrees):
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
 def test_kernels_for_cpus_drop_what_pytorch_drops(head, build, batch, measure, monkeypatch):
-    if reason := native.unavailable():
+    if reason := library.unavailable():
         pytest.skip(reason)
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
     model = build("bert", head, max_position_embeddings=64, **rates)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast import patch_encoder
-from bitfit_fast.kernels import linear, native
+from bitfit_fast.kernels import library, linear
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
 pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -82,7 +82,7 @@ def test_one_seed_drops_the_same_in_kernels_for_every_device(moved, measure, mon
     patch_encoder(each.model, precision="fp32")
     found = []
     for chosen in ("triton", "torch", "native"):
-        if chosen == "native" and (device != "cpu" or native.unavailable()):
+        if chosen == "native" and (device != "cpu" or library.unavailable()):
             continue
         monkeypatch.setenv("BITFIT_FAST_BACKEND", chosen)
         found.append(measure(each.model, each.inputs))

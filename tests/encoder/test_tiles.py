@@ -6,7 +6,7 @@ import torch
 from bitfit_fast import patch_encoder, select, unpatch
 from bitfit_fast.encoder import LENGTHS, encoder_of, together
 from bitfit_fast.encoder.stack import Stack
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 from bitfit_fast.models.families import biases
 from bitfit_fast.training.fixed import FixedSteps
 
@@ -29,10 +29,10 @@ pytestmark = pytest.mark.parametrize("backend", ["native"], indirect=True)
 @pytest.fixture(autouse=True)
 def tiles(backend, monkeypatch):
     """Skip on other CPUs, and count which kernels run."""
-    if not native.has_tiles():
+    if not library.has_tiles():
         pytest.skip("this CPU has no 512-bit vectors (AVX-512)")
-    names, call = [], native._call
-    monkeypatch.setattr(native, "_call", lambda name, *a: (names.append(name), call(name, *a)))
+    names, call = [], library.call
+    monkeypatch.setattr(library, "call", lambda name, *a: (names.append(name), call(name, *a)))
     return names
 
 
@@ -51,7 +51,7 @@ def test_loss_and_gradients(
     rule = RULES["bf16" if memory == "low" else precision]  # of 8 bits
     as_exact(found, getattr(each, precision), each.exact, **rule)
     # in fp32 vectors are no faster than the libraries, and those multiply
-    ours = precision == "bf16" or native.has_matrix_units()
+    ours = precision == "bf16" or library.has_matrix_units()
     whole = ours and family != "vit" and memory in ("fast", "low")
     if not whole:
         assert {"attention_fwd", "attention_bwd"} <= set(tiles)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TESTS = ("tests/kernels/test_tiles.py", "tests/encoder/test_tiles.py")
@@ -20,16 +20,16 @@ KINDS = {
 }
 ASKED = """
 import torch
-from bitfit_fast.kernels import native
-print(native.layout(torch.float32), native.layout(torch.bfloat16), native.has_matrix_units())
+from bitfit_fast.kernels import library
+print(library.layout(torch.float32), library.layout(torch.bfloat16), library.has_matrix_units())
 """
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_tests_pass(kind, tmp_path):
-    if reason := native.unavailable():
+    if reason := library.unavailable():
         pytest.skip(reason)
-    if not native.has_tiles():
+    if not library.has_tiles():
         pytest.skip("this CPU has no 512-bit vectors (AVX-512)")
     real = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     compiler = tmp_path / "c++"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library, native
 from bitfit_fast.kernels._constants import ACTIVATIONS, keeps_sum, quantisation, sum_dtype
 from bitfit_fast.ops import activation as activations
 from bitfit_fast.ops.dropout import kept
 
-DTYPES = tuple(native.DTYPES)
+DTYPES = tuple(library.DTYPES)
 SHAPES = ((0, 32), (1, 1), (1, 64), (33, 5), (40, 17), (64, 384), (70, 16), (5, 1000))
 SEED = torch.tensor([2**62 - 1])
 EPS = 1e-5
@@ -21,9 +21,9 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
-def library():
+def built():
     """Skip where the kernels cannot be built."""
-    if reason := native.unavailable():
+    if reason := library.unavailable():
         pytest.skip(reason)
 
 
@@ -626,11 +626,11 @@ def _has_avx2():
 def test_a_cpu_without_avx_512_gets_right_results_too(monkeypatch):
     if platform.machine() not in ("x86_64", "AMD64") or not _has_avx2():
         pytest.skip("this CPU is no x86-64 with AVX2")
-    flags = ["-march=x86-64-v3" if f == "-march=native" else f for f in native._FLAGS]
-    monkeypatch.setattr(native, "_FLAGS", tuple(flags))
-    native._library.cache_clear()
+    flags = ["-march=x86-64-v3" if f == "-march=native" else f for f in library._FLAGS]
+    monkeypatch.setattr(library, "_FLAGS", tuple(flags))
+    library._loaded.cache_clear()
     try:
-        assert native.unavailable() is None
+        assert library.unavailable() is None
         for dtype, p in itertools.product(DTYPES, (0.0, 0.2)):
             check_norm(norm_inputs(40, 37, dtype), p)
             check_softmax(attention_inputs(dtype, bias=True), 0.3, p)
@@ -639,4 +639,4 @@ def test_a_cpu_without_avx_512_gets_right_results_too(monkeypatch):
             x, dh = randn(40, 37, dtype=dtype), randn(40, 37, dtype=dtype, seed=8)
             check_activation(act, x, dh, randn(37))
     finally:
-        native._library.cache_clear()
+        library._loaded.cache_clear()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library, native
 from bitfit_fast.ops.dropout import kept
 from bitfit_fast.ops.embedding import definition
 
@@ -13,9 +13,9 @@ EPS = 1e-12
 
 
 @pytest.fixture(autouse=True)
-def library():
+def built():
     """Skip where the kernels cannot be built."""
-    if reason := native.unavailable():
+    if reason := library.unavailable():
         pytest.skip(reason)
 
 
@@ -28,7 +28,7 @@ def inputs(rows, columns, count):
     return gamma, beta, ids, tables
 
 
-@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", library.DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

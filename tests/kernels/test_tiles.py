@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitfit_fast.kernels import native, tiles
+from bitfit_fast.kernels import library, tiles
 from bitfit_fast.kernels._constants import ACTIVATIONS, quantisation
 from bitfit_fast.ops import attention as definition
 from bitfit_fast.ops.dropout import kept
@@ -20,11 +20,11 @@ of_both_dtypes = pytest.mark.parametrize("dtype", [BF16, torch.float32])
 
 
 @pytest.fixture(autouse=True)
-def library():
+def built():
     """Skip where the kernels cannot be built, or the CPU is another."""
-    if reason := native.unavailable():
+    if reason := library.unavailable():
         pytest.skip(reason)
-    if not native.has_tiles():
+    if not library.has_tiles():
         pytest.skip("this CPU has no 512-bit vectors (AVX-512)")
 
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
@@ -15,7 +15,7 @@ def backend(request, monkeypatch):
     """Which implementation runs; float64 tests ask for `torch` alone."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is installed on Linux only")
-    if request.param == "native" and (reason := native.unavailable()):
+    if request.param == "native" and (reason := library.unavailable()):
         pytest.skip(reason)
     monkeypatch.setenv(BACKEND_VARIABLE, request.param)
     return request.param

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitfit_fast.errors import BitFitError
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library, native
 from bitfit_fast.kernels._constants import MAX_COLUMNS
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops import _backend, bias_activation, column_sum, feed_forward, layer_norm, linear
@@ -62,7 +62,7 @@ def launched(spy):
 @pytest.fixture
 def called(spy, monkeypatch):
     """Collect the kernels for CPUs that run, where Triton's are not interpreted."""
-    if reason := native.unavailable():
+    if reason := library.unavailable():
         pytest.skip(reason)
     monkeypatch.setattr(_backend, "INTERPRETED", False)
     names = []
@@ -147,7 +147,7 @@ def test_without_triton_the_definitions_run(launched, monkeypatch):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", library.DTYPES, ids=str)
 def test_the_variable_chooses_the_kernels_for_cpus(operation, dtype, called, monkeypatch):
     x = torch.eye(4, dtype=dtype)
     monkeypatch.setenv(_backend.BACKEND_VARIABLE, "torch")
@@ -192,7 +192,7 @@ def test_under_the_interpreter_auto_takes_tritons_kernels(launched, spy, monkeyp
     column_sum(torch.eye(4))
     assert launched and not names
     monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
-    if not native.unavailable():
+    if not library.unavailable():
         column_sum(torch.eye(4))
         assert len(launched) == len(names) == 1
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitfit_fast.errors import BitFitError
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library
 from bitfit_fast.ops import _backend, bias_activation, column_sum, dropout_add_layer_norm
 from bitfit_fast.ops.dropout import dropout
 
@@ -32,25 +32,25 @@ def cache(tmp_path, monkeypatch):
     """Where libraries are kept: an empty folder. Nothing is loaded before or after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_backend, "INTERPRETED", False)
-    native._library.cache_clear()
+    library._loaded.cache_clear()
     yield tmp_path / "bitfit_fast"
-    native._library.cache_clear()
+    library._loaded.cache_clear()
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
+def built(tmp_path_factory):
     """The library itself, for compilers that only pretend."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    return native._build(compiler)
+    return library._build(compiler)
 
 
 @pytest.fixture
-def compiler(tmp_path, monkeypatch, library):
+def compiler(tmp_path, monkeypatch, built):
     """Write a compiler that notes when it runs, and return what reads the notes."""
 
-    def write(body=f'cp "{library}" "$last"', name="c++"):
+    def write(body=f'cp "{built}" "$last"', name="c++"):
         script, notes = tmp_path / name, tmp_path / "notes"
         script.write_text(
             "#!/bin/sh\n"
@@ -66,7 +66,7 @@ def compiler(tmp_path, monkeypatch, library):
 
 def does_without(monkeypatch, *parts):
     """Assert that a sentence says why, that operations run in PyTorch, and refuse to if told."""
-    reason = native.unavailable()
+    reason = library.unavailable()
     assert reason is not None and "\n" not in reason and not reason.endswith(".")
     for part in parts:
         assert part in reason
@@ -133,40 +133,40 @@ def test_the_library_is_built_once_and_kept_in_the_cache(cache, compiler, monkey
     built = compiler()
     monkeypatch.setenv(_backend.BACKEND_VARIABLE, "native")
     for _ in range(2):
-        assert native.unavailable() is None
+        assert library.unavailable() is None
         assert torch.equal(OPERATIONS["column_sum"](), torch.ones(4))
-        native._library.cache_clear()
+        library._loaded.cache_clear()
     assert [path.suffix for path in cache.iterdir()] == [".so"]
     assert built() == ["built"]
 
 
 def test_another_compiler_or_flag_builds_anew(cache, compiler, monkeypatch):
     built = compiler()
-    assert native.unavailable() is None
+    assert library.unavailable() is None
     for change in ("flag", "compiler", "source"):
-        native._library.cache_clear()
+        library._loaded.cache_clear()
         if change == "flag":
-            monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-g"))
+            monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-g"))
         elif change == "compiler":
             compiler(name="other")
         else:
             source = cache / "native.cpp"
             source.write_text("// changed")
-            monkeypatch.setattr(native, "_SOURCE", source)
-        assert native.unavailable() is None
+            monkeypatch.setattr(library, "_SOURCE", source)
+        assert library.unavailable() is None
     assert len(built()) == len(list(cache.glob("*.so"))) == 4
 
 
-def test_processes_that_build_at_once_do_not_break_each_other(cache, compiler, library, tmp_path):
+def test_processes_that_build_at_once_do_not_break_each_other(cache, compiler, built, tmp_path):
     # neither gets a library before the other has begun to build one
     wait = f'while [ $(wc -l < "{tmp_path}/notes") -lt 2 ]; do sleep 0.05; done'
-    built = compiler(f'{wait}; cp "{library}" "$last"')
+    runs = compiler(f'{wait}; cp "{built}" "$last"')
     code = """
 import torch
-from bitfit_fast.kernels import native
+from bitfit_fast.kernels import library, native
 print("ready", flush=True)
 input()
-reason = native.unavailable()
+reason = library.unavailable()
 assert reason is None, reason
 assert torch.equal(native.column_sum(torch.eye(4)), torch.ones(4))
 """
@@ -185,5 +185,5 @@ assert torch.equal(native.column_sum(torch.eye(4)), torch.ones(4))
     finally:
         for process in both:
             process.kill()
-    assert built() == ["built"] * 2
+    assert runs() == ["built"] * 2
     assert [path.suffix for path in cache.iterdir()] == [".so"]

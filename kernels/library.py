@@ -1,0 +1,206 @@
+"""The library of kernels for CPUs: `native.cpp`, built once by the machine's C++ compiler.
+
+Where there is no compiler `unavailable` says so, and the operations run their definitions in
+PyTorch. The library is kept under `$XDG_CACHE_HOME/bitfit_fast`, by the hash of its source, the
+compiler and the CPU. `native`, `tiles` and `layers` launch what is in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ._cache import cache_folder, put
+from ._constants import ACTIVATIONS, ROUNDS, threshold
+
+__all__ = [
+    "ACTS",
+    "C_TYPES",
+    "DTYPES",
+    "INPUT",
+    "LEVELS",
+    "SLOPE",
+    "call",
+    "contiguous_rows",
+    "dropped",
+    "has_matrix_units",
+    "has_tiles",
+    "kind",
+    "layout",
+    "pointer",
+    "unavailable",
+    "vector",
+]
+
+#: Dtypes of tensors, by the code that the library knows them by.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_HEADERS = tuple(
+    _SOURCE.with_name(f"{name}.h")
+    for name in ("heads", "layers", "norm", "tiles", "units", "vectors")
+)
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+#: Activations, and what an activation's backward pass is given, by their codes.
+ACTS = {act: i for i, act in enumerate(ACTIVATIONS)}
+INPUT, SLOPE, LEVELS = range(3)
+
+#: Pointer, 64-bit and 32-bit number, and the two kinds of real number.
+C_TYPES = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_double
+_P, _L, _I, _F, _D = C_TYPES
+#: What dropout is told: threshold, scale, seed, rounds.
+_DROPOUT = (_I, _F, _L, _I)
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "layer_norm_fwd": (_I, _I, _P, _L, _P, _P, _L, *[_P] * 7, _L, _L, _D, *_DROPOUT, _I),
+    "layer_norm_bwd": (
+        *(_I, _I, _P, _L, _P, _L, _P, _P, _P, _P, _L, *[_P] * 5, _L, _L),
+        *(*_DROPOUT, _I),
+    ),
+    "activation_fwd": (_I, _I, _P, _L, _P, _P, _P, _P, _F, _F, _L, _L, _I),
+    "activation_bwd": (_I, _I, _P, _L, _P, _L, _I, _P, _F, _F, _P, _P, _L, _L, _I),
+    "softmax": (_I, *[_P] * 5, *[_L] * 4, _P, _L, _L, _F, *_DROPOUT, _I),
+    "spread": (_I, _I, _P, _L, _P, _P, _P, *[_L] * 4, _I),
+    "column_sum": (_I, _P, _L, _P, _L, _L, *_DROPOUT, _I),
+    "dropout": (_I, _P, _L, _P, _L, _L, *_DROPOUT, _I),
+    "embedding_layer_norm": (_I, _P, _P, _P, _I, *[_P] * 3, _L, _L, _D, _P, *_DROPOUT, _I),
+    "kept": (_P, _L, _L, _I, _L, _I, _I),
+}
+#: Of those that are there where `has_tiles` is true: what attention is told, and all of them.
+_ATTENTION = (_P, _L, _P, _L, _P, _L, _P, _P, *[_L] * 3, _P, _L, _L, _F)
+_TILES: dict[str, tuple[Any, ...]] = {
+    "layout": (_I, _P, _P),
+    "pack": (_I, _P, _L, _L, _L, _L, _P, _I),
+    "linear": (_I, _P, _L, _P, _P, _P, _I, _L, _I),
+    "linear_activation": (_I, _I, _P, _L, _P, _P, _P, _P, _L, _I),
+    "linear_activation_bwd": (_I, _I, _P, _L, _P, _P, _P, _P, _P, _L, _I),
+    "layer_end": (_I, _I, *[_P] * 10, _L, _I, _I),
+    "layer_end_bwd": (_I, _I, *[_P] * 15, _L, _I, _I),
+    "attention_fwd": (_I, *_ATTENTION, _P, *_DROPOUT, _I),
+    "attention_bwd": (_I, *_ATTENTION, _P, _P, _L, _P, _P, _L, *_DROPOUT, _I),
+    "layers_fwd": (_I, _I, _P, _P, _I),
+    "layers_bwd": (_I, _I, _P, _P, _P, _I),
+}
+
+
+def _cpu() -> str:
+    """Return what `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({ln for ln in lines if ln.startswith(("flags", "Features", "model"))}))
+
+
+def _build(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
+    parts = (*sources, version.stdout, " ".join(_FLAGS), _cpu())
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = cache_folder() / f"native-{name}.so"
+    if not library.exists():
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o"]
+        put(
+            library,
+            lambda at: subprocess.run([*command, at], capture_output=True, text=True, check=True),
+        )
+    return library
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """Return the library with the types of its functions, or why there is none."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "there is no C++ compiler (g++ or clang++, or CXX)"
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # or without a home
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)
+        return f"{compiler} could not build {_SOURCE.name}: {said.splitlines()[0].rstrip('.')}"
+    there = _ARGUMENTS | (_TILES if library.bitfit_has_tiles() else {})
+    for name, types in there.items():
+        function = getattr(library, f"bitfit_{name}")
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def unavailable() -> str | None:
+    """Return why the library cannot be had on this machine, or None; builds it the first time."""
+    library = _loaded()
+    return library if isinstance(library, str) else None
+
+
+def has_tiles() -> bool:
+    """Return whether there are products and attention for the CPU, as `units.h` says."""
+    library = _loaded()
+    return not isinstance(library, str) and bool(library.bitfit_has_tiles())
+
+
+def has_matrix_units() -> bool:
+    """Return whether these are done by matrix units (AMX)."""
+    library = _loaded()
+    return not isinstance(library, str) and bool(library.bitfit_has_matrix_units())
+
+
+def layout(dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """Return how many numbers of an operand make up one of a dtype, and of which dtype they are."""
+    library, planes, size = _loaded(), ctypes.c_int(), ctypes.c_int()
+    assert not isinstance(library, str)
+    library.bitfit_layout(DTYPES[dtype], ctypes.byref(planes), ctypes.byref(size))
+    return planes.value, next(other for other in DTYPES if other.itemsize == size.value)
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call one of the library's functions, which is told last how many threads there are."""
+    getattr(_loaded(), f"bitfit_{name}")(*arguments, torch.get_num_threads())
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return where a tensor begins, as functions take it."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@overload
+def vector(tensor: Tensor) -> Tensor: ...
+@overload
+def vector(tensor: None) -> None: ...
+def vector(tensor: Tensor | None) -> Tensor | None:
+    """Return `[N]` in fp32, contiguous."""
+    # most are what is asked for, and every call of PyTorch's takes time
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """Return `[M, N]` whose rows are contiguous."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def dropped(p: float, seed: Tensor | int | None) -> tuple[int, float, int, int]:
+    """Return what a function is told of dropout."""
+    if not p:
+        return 0, 1.0, 0, ROUNDS
+    assert seed is not None
+    return threshold(p), 1 / (1 - p), int(seed), ROUNDS
+
+
+def kind(kept: Tensor, is_slope: bool) -> int:
+    """Return what an activation's forward pass kept, as functions are told of it."""
+    if kept.dtype == torch.uint8:
+        return LEVELS
+    return SLOPE if is_slope else INPUT
