@@ -20,7 +20,9 @@ constexpr int64_t PANELS = CACHE * 3 / 8;  // bytes of a weight that the second-
 // Blocks of 32 rows that a thread works on at once: a weight passes through its cache once for all
 // of them. Of wide layers these are more than that cache holds, but the rows of a product are read
 // again from the next one as fast as they are multiplied, and a weight, which is larger, is not.
-constexpr int64_t AT_ONCE = 8;
+inline int64_t blocks_at_once(int64_t blocks) {
+    return std::max<int64_t>(1, std::min<int64_t>(8, blocks));
+}
 constexpr int64_t SLICE = 384;
 
 static_assert(BLOCK == SIDE, "sums over tokens are taken in the same blocks");
@@ -129,7 +131,7 @@ void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int
     const int64_t blocks = whole(rows), panels = weight.columns / SIDE;
     const int64_t down = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
     const int64_t across = std::max<int64_t>(1, std::min<int64_t>(threads / down, panels));
-    const int64_t chunk = std::max<int64_t>(1, std::min(AT_ONCE, blocks)), plane = chunk * SIDE * weight.depth;
+    const int64_t chunk = blocks_at_once(blocks), plane = chunk * SIDE * weight.depth;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < down * across; part++) {
         [[maybe_unused]] Units units;
@@ -243,7 +245,7 @@ struct Junction {
 // Calls work(first row, rows, scratch) for pieces of some rows, of which a thread has one at a time.
 template <class Work>
 void each_chunk(int64_t rows, int64_t bytes_a_row, int threads, Work work) {
-    const int64_t blocks = whole(rows), chunk = std::max<int64_t>(1, std::min(AT_ONCE, blocks));
+    const int64_t blocks = whole(rows), chunk = blocks_at_once(blocks);
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < parts; part++) {
@@ -261,8 +263,8 @@ void each_chunk(int64_t rows, int64_t bytes_a_row, int threads, Work work) {
 }
 
 // How many columns of the feed-forward block there are at a time: all of them where operands are
-// in bf16; wider ones would fill the cache with few rows, for which a weight would pass through it
-// again. Sums over such slices are in fp32.
+// in bf16; wider ones would leave the cache before the next product reads them. Sums over such
+// slices are in fp32.
 template <class X>
 inline int64_t columns_at_once(int64_t inner) {
     return BYTES<X> == sizeof(bf16) ? inner : std::min(inner, SLICE);
@@ -277,7 +279,7 @@ inline int64_t end_bytes(int64_t width, int64_t slice) {
 }
 
 // y = LN(s + dropout(act(s W_up + b_up) W_down + b)), where s = LN(x + dropout(o W_out + b)): what
-// a post-norm layer does behind attention, whose heads gave `o`, without leaving the cache between.
+// a post-norm layer does behind attention, whose heads gave `o`, some rows at a time.
 template <class Act, class X>
 void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& middle,
                const Weight& up, const float* b, const Slopes& slopes, const Weight& down,
