@@ -7,7 +7,6 @@ fp32; fp32 gives what products in fp32 do.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,10 +97,6 @@ class Packed:
         assert not any(at % SIDE for at in (k, k_end, n, n_end))
         data = self.data[n // SIDE * self.panel + k * SIDE :]
         return Packed(data, self.panel, k_end - k, n_end - n, self.plane)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        data = copy.deepcopy(self.data, memo)
-        return Packed(data, self.panel, self.depth, self.columns, self.plane)
 
 
 def beat_libraries(weight: Tensor) -> bool:

@@ -17,6 +17,10 @@ from ..ops.linear import linear_activation_bwd, linear_activation_fwd
 __all__ = ["Product"]
 
 
+#: Rows of a batch, roughly: oneDNN orders weights for a number of them, and takes any then.
+_ROWS = 1024
+
+
 def _onednn(x: Tensor, weight: Tensor, b: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, b, "none", [], "")
 
@@ -30,6 +34,8 @@ def _prefers_onednn() -> bool:
     the last bits of results.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -55,8 +61,14 @@ class Product:
         #: For our own kernels: the weight as they take it in the forward and the backward pass,
         #: None where others are as fast.
         self._packed: dict[str, Any] = {}
+        #: The same for oneDNN, which would order it anew at each call.
+        self._ordered: dict[str, Tensor] = {}
         #: Of a part: the product that it is a part of, and which rows of it.
         self._whole: tuple[Product, int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy packs its own weight when it first multiplies
+        return {**self.__dict__, "_packed": {}, "_ordered": {}}
 
     def packed(self, rows: Tensor, which: str) -> Any:
         """Return the weight as our own kernels for CPUs take it, or None where others multiply.
@@ -85,16 +97,23 @@ class Product:
     def bytes_packed(self) -> int:
         """How much the weight takes once it is packed for both passes, at the first of each."""
         weight = self.weight
-        if uses_triton(weight) or not uses_native(weight) or not tiles.beat_libraries(weight):
-            return 0
-        return 2 * tiles.packed_bytes(weight)
+        if not uses_triton(weight) and uses_native(weight) and tiles.beat_libraries(weight):
+            return 2 * tiles.packed_bytes(weight)
+        return 2 * weight.nbytes if self._onednn else 0
+
+    def _in_order(self, which: str) -> Tensor:
+        """Return the weight as oneDNN takes it in the forward or the backward pass."""
+        if which not in self._ordered:
+            weight = self.weight if which == "forward" else self.weight.t().contiguous()
+            self._ordered[which] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        return self._ordered[which]
 
     def __call__(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """Return `x W^T + b`, `[M, N]` of `[M, K]`."""
         if (packed := self.packed(x, "forward")) is not None:
             return tiles.linear(x, packed, b)
         if self._onednn:
-            return _onednn(x, self.weight, b)
+            return _onednn(x, self._in_order("forward"), b)
         return x @ self.weight.t() if b is None else torch.addmm(b, x, self.weight.t())
 
     def backward(self, dy: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -102,7 +121,7 @@ class Product:
         if (packed := self.packed(dy, "backward")) is not None:
             return tiles.linear(dy, packed, onto=onto)
         if self._onednn:
-            dx = _onednn(dy, self.weight.t())
+            dx = _onednn(dy, self._in_order("backward"))
             return dx if onto is None else onto.add_(dx)
         return dy @ self.weight if onto is None else onto.addmm_(dy, self.weight)
 

@@ -1,0 +1,82 @@
+"""Products with a frozen weight, where PyTorch's libraries multiply."""
+
+import copy
+
+import pytest
+import torch
+
+from bitfit_fast import patch_encoder, select
+from bitfit_fast.encoder import encoder_of
+from bitfit_fast.encoder.product import Product
+from bitfit_fast.kernels import tiles
+
+pytestmark = pytest.mark.parametrize("backend", ["native", "torch"], indirect=True)
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
+def library(request, monkeypatch):
+    """The library that multiplies fp32: PyTorch's choice, or oneDNN as on CPUs of other makers."""
+    if request.param and not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        pytest.skip("this PyTorch was built without oneDNN")
+    monkeypatch.setattr("bitfit_fast.encoder.product._prefers_onednn", lambda: request.param)
+    monkeypatch.setattr(tiles, "beat_libraries", lambda weight: False)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("sizes", [(96, 64), (17, 33)])
+def test_forward_and_backward(rows, sizes, backend, library, as_exact):
+    outputs, inputs = sizes
+    weight, b = torch.randn(outputs, inputs), torch.randn(outputs)
+    # rows of a wider tensor, as q, k and v are
+    x, dy = torch.randn(rows, 2 * inputs)[:, :inputs], torch.randn(rows, outputs)
+    product, exact = Product(weight), weight.double()
+    start, dx = torch.randn(rows, inputs), dy.double() @ exact
+    onto = start.clone()
+    assert product.backward(dy, onto) is onto
+    ours = {"y": product(x), "with b": product(x, b), "dx": product.backward(dy), "onto": onto}
+    theirs = {"y": x @ weight.t(), "with b": torch.addmm(b, x, weight.t()),
+              "dx": dy @ weight, "onto": torch.addmm(start, dy, weight)}  # fmt: skip
+    y = x.double() @ exact.t()
+    as_exact(ours, theirs, {"y": y, "with b": y + b, "dx": dx, "onto": dx + start})
+
+
+def test_a_part_has_some_of_the_rows(backend, library):
+    product, x = Product(torch.randn(96, 64)), torch.randn(5, 64)
+    whole = product(x)
+    torch.testing.assert_close(product.part(32, 64)(x), whole[:, 32:64])
+
+
+def test_loss_and_gradients(backend, library, case, measure, as_exact):
+    each = case("bert", "ForSequenceClassification")
+    patch_encoder(each.model, precision="fp32")
+    found = measure(each.model, each.inputs)
+    assert set(found) == set(each.exact)
+    as_exact(found, each.fp32, each.exact)
+
+
+def test_what_ordered_weights_take_is_known_before(backend, library, build, batch, measure):
+    model = build("bert")
+    select(model)
+    patch_encoder(model, precision="fp32")
+    stack = encoder_of(model).stack
+    expected = stack.bytes_packed()
+    measure(model, batch(model))
+    products = [p for at in stack.layers for p in (at.qkv, at.out, at.up, at.down)]
+    products += stack.first_products()
+    ordered = [weight for product in products for weight in product._ordered.values()]
+    if library:
+        # the bottom layer's gradient goes no further than its queries
+        assert 0.8 * expected <= sum(w.numel() * 4 for w in ordered) <= expected
+    else:
+        assert not ordered and not expected
+
+
+def test_a_copied_model_orders_weights_of_its_own(backend, library, build, batch, measure):
+    model = build("bert")
+    select(model)
+    patch_encoder(model, precision="fp32")
+    before = measure(model, batch(model))
+    twin = copy.deepcopy(model)
+    again = measure(twin, batch(twin))
+    assert all(torch.equal(before[name], again[name]) for name in before)
