@@ -2,8 +2,9 @@
 
     python benchmarks/end_to_end.py --data-dir FOLDER --output benchmarks/results/end-to-end.json
 
-The same examples in the same batches, the same learning rate; dropout draws other masks, so two
-backends differ as two seeds do. Finished runs are kept, and a killed script goes on where it was.
+A variant is a backend and its precision. All get the same examples in the same batches and the
+same learning rate; dropout draws other masks, so two variants differ as two seeds do. Finished runs
+are kept, and a killed script goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from bitfit_fast.data.glue import GLUE
 from bitfit_fast.files import write_json
 from bitfit_fast.models.loading import DEFAULT_MODEL
 
-BACKENDS = ("reference", "fast")
+VARIANTS = "reference-fp32,fast-fp32,fast-bf16"
 
 
-def run(arguments: argparse.Namespace, task: str, seed: int, backend: str) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, task: str, seed: int, variant: str) -> dict[str, Any]:
     """Train, or return what the same run left before."""
-    folder = arguments.runs / f"{task}-{backend}-{seed}"
+    folder = arguments.runs / f"{task}-{variant}-{seed}"
+    backend, _, precision = variant.partition("-")
     settings = bitfit_fast.Settings(
         lr=arguments.lr[task],
         seed=seed,
-        precision=arguments.precision,
+        precision=precision,
         backend=backend,
         max_steps=arguments.steps,
         eval_every=arguments.steps,
@@ -76,27 +78,27 @@ def main() -> None:
     parser.add_argument("--lr", default="mrpc=1e-3,cola=1e-2", help="tasks and learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--variants", default=VARIANTS, help="backends and their precisions")
     parser.add_argument("--runs", type=Path, default=Path("runs/end-to-end"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/end-to-end.json"))
     arguments = parser.parse_args()
     arguments.lr = {k: float(v) for k, v in (pair.split("=") for pair in arguments.lr.split(","))}
+    arguments.variants = arguments.variants.split(",")
     results: dict[str, Any] = {}
     for task in arguments.lr:
-        done: dict[str, list[dict[str, Any]]] = {backend: [] for backend in BACKENDS}
+        done: dict[str, list[dict[str, Any]]] = {variant: [] for variant in arguments.variants}
         for seed in range(arguments.seeds):
-            for backend in BACKENDS:
-                done[backend].append(run(arguments, task, seed, backend))
-                score = done[backend][-1]["final"]["validation"]
+            for variant, summaries in done.items():
+                summaries.append(run(arguments, task, seed, variant))
+                score = summaries[-1]["final"]["validation"]
                 shown = (*GLUE[task].metrics, "loss")
-                print(task, backend, seed, {m: round(score[m], 4) for m in shown}, flush=True)
-        results[task] = {backend: row(done[backend], task) for backend in BACKENDS}
+                print(task, variant, seed, {m: round(score[m], 4) for m in shown}, flush=True)
+        results[task] = {variant: row(summaries, task) for variant, summaries in done.items()}
     write_json(
         arguments.output,
         {
             **provenance(command_line(), torch.device("cpu")),
             "model": arguments.model,
-            "precision": arguments.precision,
             "steps": arguments.steps,
             "lr": arguments.lr,
             "results": results,
