@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -22,7 +21,8 @@ from rich.table import Table
 from .files import write_json
 from .models.loading import DEFAULT_MODEL
 from .plots import learning_curves
-from .training.measure import commit
+from .training.checks import choose_device
+from .training.measure import commit, multiplies_bf16
 
 __all__ = ["compare", "main"]
 
@@ -37,14 +37,6 @@ TASK = "reviews"
 
 def _command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "bitfit_fast.cli", *arguments], check=True)
-
-
-def _precision() -> str:
-    """Return bf16 where the processor that will train multiplies in it, else fp32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
 
 
 def compare(output: Path, model: str, steps: int, precision: str) -> dict[str, dict[str, Any]]:
@@ -96,7 +88,8 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     console = Console()
-    precision = arguments.precision or _precision()
+    able = multiplies_bf16(choose_device("auto"))
+    precision = arguments.precision or ("bf16" if able else "fp32")
     summaries = compare(arguments.output, arguments.model, arguments.steps, precision)
     heatmap = arguments.output / "bias_change.png"
     _command("inspect", str(arguments.output / "bitfit"), "--output", str(heatmap))

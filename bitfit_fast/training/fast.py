@@ -22,6 +22,7 @@ from ..selection import NO_GRADIENT, Selection
 from .fixed import LONGEST, FixedSteps, budgets, check_budget
 from .graph import Recorder
 from .heap import keep_freed_memory
+from .measure import multiplies_bf16
 from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
@@ -259,6 +260,8 @@ class FastBackend:
         said = str(done)
         if plan.device.type == "cpu" and (reason := library.unavailable()):
             said += f"\nwithout the kernels for CPUs, which makes it slow: {reason}"
+        if plan.precision == "fp32" and multiplies_bf16(plan.device):
+            said += "\nthis processor multiplies bf16, in which a step is faster (precision bf16)"
         return partial(unpatch, model), said
 
     def collate(self, tokenizer: Any, plan: Plan, kind: str = "sequence") -> Collate:

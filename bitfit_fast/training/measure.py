@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["StepClock", "commit", "device_name", "peak_memory", "reset_peak_memory"]
+__all__ = [
+    "StepClock",
+    "commit",
+    "device_name",
+    "multiplies_bf16",
+    "peak_memory",
+    "reset_peak_memory",
+]
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -50,6 +57,14 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         model = "CPU"
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether the device has instructions that multiply bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def commit() -> str | None:

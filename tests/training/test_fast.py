@@ -90,6 +90,16 @@ def test_the_plan_says_precision_and_memory(model):
     undo()
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_where_bf16_would_be_faster_the_report_says_so(able, model, monkeypatch):
+    monkeypatch.setattr("bitfit_fast.training.fast.multiplies_bf16", lambda device: able)
+    for precision in ("fp32", "bf16"):
+        plan = dataclasses.replace(PLAN, precision=precision)
+        undo, said = FastBackend().patch(model, bitfit_fast.Selection.of(model), plan)
+        undo()
+        assert ("(precision bf16)" in said) == (able and precision == "fp32")
+
+
 def test_the_step_is_told_the_lengths_and_reads_no_mask(model, bert_folder, monkeypatch):
     from bitfit_fast.data.batches import tokenize
     from bitfit_fast.data.task import Split
