@@ -20,10 +20,20 @@ constexpr int64_t PANELS = CACHE * 3 / 8;  // bytes of a weight that the second-
 // Blocks of 32 rows that a thread works on at once: a weight passes through its cache once for all
 // of them. Of wide layers these are more than that cache holds, but the rows of a product are read
 // again from the next one as fast as they are multiplied, and a weight, which is larger, is not.
+constexpr int64_t BLOCKS = 8;
 inline int64_t blocks_at_once(int64_t blocks) {
-    return std::max<int64_t>(1, std::min<int64_t>(8, blocks));
+    return std::max<int64_t>(1, std::min(BLOCKS, blocks));
 }
 constexpr int64_t SLICE = 384;
+
+// How deep a product is at a time: the rows that a thread works on stay in its cache, where every
+// panel of the weight meets them. In even parts, of multiples of 32.
+template <class X>
+inline int64_t depth_at_once(int64_t depth) {
+    const int64_t most = CACHE * 3 / 4 / (BLOCKS * SIDE * BYTES<X>);
+    const int64_t parts = (depth + most - 1) / most;
+    return whole((depth + parts - 1) / parts) * SIDE;
+}
 
 static_assert(BLOCK == SIDE, "sums over tokens are taken in the same blocks");
 
@@ -131,22 +141,39 @@ void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int
     const int64_t blocks = whole(rows), panels = weight.columns / SIDE;
     const int64_t down = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
     const int64_t across = std::max<int64_t>(1, std::min<int64_t>(threads / down, panels));
-    const int64_t chunk = blocks_at_once(blocks), plane = chunk * SIDE * weight.depth;
+    const int64_t chunk = blocks_at_once(blocks), deep = depth_at_once<X>(weight.depth);
+    const int64_t plane = chunk * SIDE * deep;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t part = 0; part < down * across; part++) {
         [[maybe_unused]] Units units;
+        const int64_t left = panels * (part % across) / across;
+        const int64_t right = panels * (part % across + 1) / across;
+        const int64_t width = (right - left) * SIDE;
         Buffer<Number<X>> gathered(plane * PLANES<X>);
+        Buffer<float> sums(deep < weight.depth ? chunk * SIDE * width : 0);
         const int64_t last = blocks * (part / across + 1) / down;
         for (int64_t i = blocks * (part / across) / down; i < last; i += chunk) {
             const int64_t first = i * SIDE;
             const int64_t count = std::min(rows, std::min(last, i + chunk) * SIDE) - first;
-            gather_rows(x + first * stride, stride, count, weight.depth, gathered.data, plane);
-            multiply_rows<X>({gathered.data, plane}, count, weight,
-                             panels * (part % across) / across,
-                             panels * (part % across + 1) / across,
-                             [&](const float* numbers, int64_t row, int64_t some, int64_t column) {
-                                 done(numbers, first + row, some, column);
-                             });
+            for (int64_t k = 0; k < weight.depth; k += deep) {
+                const int64_t some = std::min(deep, weight.depth - k);
+                gather_rows(x + first * stride + k, stride, count, some, gathered.data, plane);
+                multiply_rows<X>({gathered.data, plane}, count,
+                                 weight.rows<Number<X>>(k, some), left, right,
+                                 [&](float* numbers, int64_t row, int64_t n, int64_t column) {
+                    float* before = sums.data + row * width + column - left * SIDE;
+                    if (k)
+                        each_vector(numbers, 0, n, 0, [&](Floats v, int64_t r, int64_t j) {
+                            narrow(numbers + r * SIDE + j, v + widen(before + r * width + j));
+                        });
+                    if (k + some == weight.depth)
+                        done(numbers, first + row, n, column);
+                    else
+                        each_vector(numbers, 0, n, 0, [&](Floats v, int64_t r, int64_t j) {
+                            narrow(before + r * width + j, v);
+                        });
+                });
+            }
         }
     }
 }

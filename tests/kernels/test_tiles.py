@@ -102,6 +102,19 @@ def test_linear(rows, shape, dtype):
 
 
 @of_both_dtypes
+def test_a_deep_product_goes_part_by_part(dtype):
+    depth = 3200  # more than the cache of any kind of CPU is taken to hold rows of
+    x, weight = randn(40, depth, dtype=dtype), randn(depth, 64, dtype=dtype)
+    b = randn(64, dtype=torch.float32)
+    exact = x.double() @ weight.double()
+    ours = tiles.linear(x, tiles.pack(weight))
+    judge(ours, x @ weight, exact)
+    judge(tiles.linear(x, tiles.pack(weight), b), (x @ weight + b).to(dtype), exact + b)
+    # each row alone takes the same parts
+    assert torch.equal(tiles.linear(x[33:34], tiles.pack(weight)), ours[33:34])
+
+
+@of_both_dtypes
 def test_the_operands_may_be_views(dtype):
     wide, weight = randn(40, 200, dtype=dtype), randn(64, 96, dtype=dtype)
     x = wide[:, 3:67]
