@@ -130,6 +130,15 @@ def roberta_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def in_lists():
+    """Turn the tensors of a feature into the lists that tokenizers give."""
+    return lambda feature: {
+        key: value.tolist() if isinstance(value, torch.Tensor) else value
+        for key, value in feature.items()
+    }
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data sets; tests that need it skip where it is not set."""
     folder = os.environ.get("BITFIT_FAST_DATA")

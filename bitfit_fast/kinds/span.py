@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.batches import Batch, Features, pad
+from ..data.batches import Batch, Features, in_tensors, pad
 from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning
 from ..files import write_json
@@ -119,7 +119,7 @@ def _encode(split: Split, tokenizer: Any, options: Mapping[str, int]) -> Encoded
             BitFitWarning,
             3,
         )
-    return Encoded("span", split, features, windows, options)
+    return Encoded("span", split, in_tensors(features), windows, options)
 
 
 def _shortened(questions: list[str], tokenizer: Any, most: int) -> tuple[list[str], int]:

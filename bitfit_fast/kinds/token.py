@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.batches import Batch, Collate, Features
+from ..data.batches import IGNORED, Batch, Features, in_tensors, pad
 from ..data.tags import UNTAGGED
 from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning
@@ -18,8 +18,6 @@ from .kind import Encoded, Kind, check_offsets
 
 __all__ = ["TOKEN"]
 
-#: The label that losses leave out.
-_IGNORED = -100
 #: Columns of CoNLL-U after the tag.
 _UNSPECIFIED = "\t_" * 6
 
@@ -52,7 +50,7 @@ def _encode(split: Split, tokenizer: Any, options: Mapping[str, int]) -> Encoded
         feature = {key: encoded[key][i] for key in keys}
         found = _first_tokens(words, text, encoded["offset_mapping"][i], encoded.sequence_ids(i))
         if split.labels is not None:
-            labels = [_IGNORED] * len(feature["input_ids"])
+            labels = [IGNORED] * len(feature["input_ids"])
             for place, label in zip(found, split.labels[i]):
                 if place is not None and label >= 0:
                     labels[place] = label
@@ -68,7 +66,7 @@ def _encode(split: Split, tokenizer: Any, options: Mapping[str, int]) -> Encoded
             BitFitWarning,
             3,
         )
-    return Encoded("token", split, features, places, options)
+    return Encoded("token", split, in_tensors(features), places, options)
 
 
 def _first_tokens(
@@ -88,14 +86,8 @@ def _first_tokens(
     return found
 
 
-def _collate(tokenizer: Any) -> Collate:
-    from transformers import DataCollatorForTokenClassification
-
-    return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=_IGNORED)
-
-
 def _weigh(batch: Batch) -> int:
-    return int((batch["labels"] != _IGNORED).sum())
+    return int((batch["labels"] != IGNORED).sum())
 
 
 def _keep(output: Any) -> Tensor:
@@ -147,7 +139,7 @@ TOKEN = Kind(
     options={"max_length": 128},
     configure=_configure,
     encode=_encode,
-    collate=_collate,
+    collate=pad,
     weigh=_weigh,
     keep=_keep,
     decode=_decode,

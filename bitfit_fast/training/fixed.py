@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch
+from ..data.batches import IGNORED, Batch
 from ..encoder import LENGTHS, Encoder, fixed_refusal
 from ..errors import BitFitError, BitFitWarning, listed
 from ..packing import Budget, FixedPacking, Packing
@@ -37,8 +37,6 @@ _SHORT = 64
 _MOST = 32
 #: What a batch may hold besides images or tokens.
 _KNOWN = {"attention_mask", "token_type_ids", "position_ids", "labels", LENGTHS}
-#: Label of a token that no loss looks at.
-_IGNORED = -100
 
 
 class CannotCapture(Exception):
@@ -135,7 +133,7 @@ class _Inputs:
             shape = labels.shape
             if by_token and budget is not None:
                 shape = torch.Size((budget.sequences, budget.longest))
-            self.others["labels"] = torch.full(shape, _IGNORED, dtype=labels.dtype, device=device)
+            self.others["labels"] = torch.full(shape, IGNORED, dtype=labels.dtype, device=device)
 
     def _lay_out(self, batch: Batch, budget: Budget) -> None:
         """Make one tensor of all whole numbers, which one message fills."""
@@ -188,7 +186,7 @@ class _Inputs:
         if "labels" in self.others and not self._rides(batch):
             given, labels = pinned(batch["labels"], self.device), self.others["labels"]
             if self._by_token:
-                labels.fill_(_IGNORED)
+                labels.fill_(IGNORED)
                 labels = labels[:, : given.shape[1]]
             labels.copy_(given, non_blocking=True)
 

@@ -6,7 +6,11 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
 
 from bitfit_fast.data.batches import (
     EpochBatches,
@@ -93,18 +97,18 @@ def test_the_same_batches_can_be_had_again():
     assert list(itertools.islice(batches, 10)) == list(itertools.islice(batches, 10))
 
 
-def test_tokens_are_those_of_the_tokenizer(bert):
+def test_tokens_are_those_of_the_tokenizer(bert, in_lists):
     features = tokenize(SINGLES, bert, 64)
     for feature, (text,), label in zip(features, SINGLES.texts, SINGLES.labels):
-        assert feature == {**bert(text), "labels": label}
+        assert in_lists(feature) == {**bert(text), "labels": label}
 
 
-def test_pairs_are_joined_as_the_tokenizer_does(bert, roberta):
+def test_pairs_are_joined_as_the_tokenizer_does(bert, roberta, in_lists):
     for tokenizer in (bert, roberta):
         for feature, pair in zip(tokenize(PAIRS, tokenizer, 64), PAIRS.texts):
-            assert feature == dict(tokenizer(*pair))
+            assert in_lists(feature) == dict(tokenizer(*pair))
     (ours, _), (theirs, _) = (tokenize(PAIRS, tokenizer, 64) for tokenizer in (bert, roberta))
-    assert ours["token_type_ids"] == [0] * 4 + [1] * 5
+    assert ours["token_type_ids"].tolist() == [0] * 4 + [1] * 5
     assert "token_type_ids" not in theirs
 
 
@@ -143,6 +147,28 @@ def test_labels_of_batches_have_the_types_that_losses_need(bert):
     for labels, dtype in (((0, 1, 0), torch.int64), ((0.5, 1.0, 2.0), torch.float32)):
         features = tokenize(Split("train", SINGLES.texts, labels), bert, 64)
         assert pad(bert)(features)["labels"].dtype == dtype
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("labels", [None, "number", "by token"])
+@pytest.mark.parametrize("folder", ["bert_folder", "roberta_folder"])
+def test_batches_are_those_of_the_collators_of_transformers(
+    labels, folder, side, in_lists, request
+):
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(folder))
+    tokenizer.padding_side = side
+    features, by_token = tokenize(PAIRS, tokenizer, 64), labels == "by token"
+    for i, feature in enumerate(features):
+        if by_token:
+            feature["labels"] = torch.arange(len(feature["input_ids"]))
+        elif labels == "number":
+            feature["labels"] = i
+    theirs = DataCollatorForTokenClassification if by_token else DataCollatorWithPadding
+    expected = theirs(tokenizer)([in_lists(feature) for feature in features])
+    batch = pad(tokenizer)(features)
+    assert batch.keys() == expected.keys()
+    for key, value in batch.items():
+        assert torch.equal(value, expected[key]) and value.dtype == expected[key].dtype, key
 
 
 def numbered(count):

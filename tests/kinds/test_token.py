@@ -34,7 +34,7 @@ def test_the_first_piece_of_each_word_carries_its_tag(tokenizer):
         expected = [-100] * len(feature["input_ids"])
         for place, label in zip(places, labels):
             expected[place] = label
-        assert feature["labels"] == expected
+        assert feature["labels"].tolist() == expected
         # tokens from one first piece to the next are the word's own
         ends = [*places[1:], len(expected) - 1]
         for word, start, end in zip(words, places, ends):
@@ -51,7 +51,7 @@ def test_words_are_tokenized_as_by_the_tokenizer_itself():
     words = [list(sentence) for sentence in SENTENCES]
     theirs = tokenizer(words, is_split_into_words=True)
     encoded = encode(tokenizer)
-    assert [f["input_ids"] for f in encoded.features] == theirs["input_ids"]
+    assert [f["input_ids"].tolist() for f in encoded.features] == theirs["input_ids"]
     for i, places in enumerate(encoded.places):
         assert places == [theirs.word_ids(i).index(w) for w in range(len(SENTENCES[i]))]
 
