@@ -240,6 +240,11 @@ def linear_bwd(
     dz, db : Tensor, Tensor
         `[M, N]` in the dtype of `dy`; `[N]` fp32, the sum of the unrounded `dz`, or `partial`.
         The same inputs give the same bits.
+
+    Raises
+    ------
+    ValueError
+        If `partial` has another shape.
     """
     (rows, inner), columns = dy.shape, w.shape[1]
     few_bits = x.dtype == torch.uint8
@@ -250,6 +255,9 @@ def linear_bwd(
     later = partial is not None
     if partial is None:
         partial = torch.empty(1, blocks[0], columns, dtype=torch.float32, device=dy.device)
+    elif partial.shape != (1, blocks[0], columns):
+        shape = (1, blocks[0], columns)
+        raise ValueError(f"partial is {tuple(partial.shape)}, and the sums take {shape}")
     if dz.numel():
         with device_guard(dy):
             _linear_bwd_kernel[(blocks[0] * blocks[1],)](

@@ -32,6 +32,8 @@ from bitfit_fast import select
 from bitfit_fast.kernels import library
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
+# convolutions in fp32 are held to float64 as others are
+torch.backends.cudnn.allow_tf32 = False
 # tensors this small are done before a second thread has begun
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 from bitfit_fast.kernels import activation, linear
-from bitfit_fast.kernels._launch import INTERPRETED, product_config
+from bitfit_fast.kernels._launch import INTERPRETED, processors, product_config
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DEFINITIONS = {
@@ -154,11 +154,14 @@ def test_the_derivative_of_the_product_is_kept_in_8_bits(act):
 def test_partial_rows_are_left_to_the_caller():
     dy, w, x, b = inputs(200, 130, 70, torch.bfloat16)
     dz, db = linear.linear_bwd(dy, w, x, b)
-    rows = -(-200 // product_config(200, 130, 70, 2, 2)["BLOCK_M"])
+    rows = -(-200 // product_config(200, 130, 70, 2, processors(dy))["BLOCK_M"])
     partial = torch.empty(1, rows, 130, device=DEVICE)
     again, given = linear.linear_bwd(dy, w, x, b, partial=partial)
     assert given is partial and torch.equal(again, dz)
     torch.testing.assert_close(partial.sum((0, 1)), db)
+    for shape in ((1, rows - 1, 130), (1, rows, 129), (rows, 130)):
+        with pytest.raises(ValueError, match="the sums take"):
+            linear.linear_bwd(dy, w, x, b, partial=torch.empty(shape, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -377,7 +377,7 @@ def test_no_replay_waits_for_the_device(train, runs):
     try:
         train(
             Strict, use_cpu=False, count=20, num_train_epochs=6, logging_steps=1000,
-            logging_nan_inf_filter=False, given={"token_budget": (128,)},
+            logging_nan_inf_filter=False, given={"token_budget": (168,)},
         )  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode(0)
