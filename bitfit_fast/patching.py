@@ -74,6 +74,8 @@ class PatchedEncoder:
         Whether the last layer computes first tokens only.
     no_gradient : tuple of str
         Selected parameters whose gradient is identically zero, and is not computed.
+    reads_padding : bool
+        Whether batches with padding take the model's own layers.
     """
 
     layers: int
@@ -81,12 +83,15 @@ class PatchedEncoder:
     memory: str
     first_only: bool
     no_gradient: tuple[str, ...]
+    reads_padding: bool = False
 
     def __str__(self) -> str:
         last = ", the last one for first tokens only" if self.first_only else ""
         line = f"{self.layers} layers run as one operation in {self.precision}{last}"
         if self.memory != "fast":
             line += f"; memory mode {self.memory}"
+        if self.reads_padding:
+            line += "; batches with padding take the model's own, as its head may read padding"
         return "\n".join([line, *_zero_gradients(self.no_gradient)])
 
 
@@ -268,8 +273,9 @@ def patch_encoder(
     reads. The backward pass computes the gradients of biases alone and ends at the lowest one
     that trains. Embeddings, pooler and head are the model's, in fp32. Names, parameters and
     state dict stay as they are; what the operation cannot do, such as returning all hidden
-    states, the model's own layers do. Under a head that reads first tokens only, the base
-    model returns these alone, `[B, 1, d]`; under others its output at padding is zero.
+    states, the model's own layers do. A head that reads first tokens only gets these alone,
+    `[B, 1, d]`; under others the base model's output at padding is zero, and where the base
+    model is called otherwise than by such a head, its own layers run.
 
     Parameters
     ----------
@@ -287,8 +293,9 @@ def patch_encoder(
         which is the only approximation; the last two compute again what they do not keep.
     reads_padding : bool, optional
         Whether what the caller makes of the outputs depends on those at padding. By default it
-        does under the heads for question answering, whose own loss compares all scores: with
-        them, batches with padding take the model's own layers. False promises that it does not.
+        does under the heads for question answering, whose own loss compares all scores, and may
+        under heads that are not transformers' own: with them, batches with padding take the
+        model's own layers. False promises that it does not.
 
     Returns
     -------
@@ -305,7 +312,9 @@ def patch_encoder(
     encoder = install(model, precision, memory, reads_padding=reads_padding)
     names = _skip_zero_gradients(model, selection or Selection.of(model))
     stack = encoder.stack
-    return PatchedEncoder(len(stack.layers), precision, memory, stack.first_only, names)
+    return PatchedEncoder(
+        len(stack.layers), precision, memory, stack.first_only, names, encoder.reads_padding
+    )
 
 
 def unpatch(model: nn.Module) -> None:

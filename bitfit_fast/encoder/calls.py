@@ -18,7 +18,7 @@ from ..errors import BitFitError
 from ..packing import Packing
 from .encoder import Encoder
 
-__all__ = ["ENCODER", "LENGTHS", "base_class", "container_class", "for_model"]
+__all__ = ["ENCODER", "LENGTHS", "base_class", "container_class", "for_model", "head_class"]
 
 #: Attribute of a base model, and of the module that runs its layers.
 ENCODER = "_bitfit_fast_encoder"
@@ -61,6 +61,25 @@ def container_class(container: nn.Module) -> Any:
     return _subclass(mixin, type(container))
 
 
+def head_class(model: nn.Module) -> Any:
+    """Return the class of a whole model that says when its base model is called by its head."""
+    kind: Any = type(model)
+
+    # its signature is read: which columns of a data set it takes, and whether more
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        encoder: Encoder | None = vars(self).get(ENCODER)
+        if encoder is None:  # another model of this class
+            return kind.forward(self, *args, **kwargs)
+        before, encoder.in_head = encoder.in_head, True
+        try:
+            return kind.forward(self, *args, **kwargs)
+        finally:
+            encoder.in_head = before
+
+    return _subclass(type("_Head", (), {"forward": forward}), kind)
+
+
 def _subclass(mixin: type, kind: type[nn.Module]) -> Any:
     # transformers looks up by the class's full name which inner states it can return
     names = ("__module__", "__qualname__", "__doc__")
@@ -87,7 +106,8 @@ class _Base:
             with encoder.running(fixed):
                 return forward(**{**dict(zip(names, args)), **kwargs, **own})
         lengths = kwargs.pop(LENGTHS, None)
-        if len(args) > len(names):
+        # who calls it without the head may read every token
+        if len(args) > len(names) or encoder.in_head is False:
             return forward(*args, **kwargs)
         given = {**dict(zip(names, args)), **kwargs}
         inputs = {key: value for key, value in given.items() if value is not None}
@@ -131,7 +151,10 @@ def _understood(base: nn.Module, inputs: dict[str, Any]) -> bool:
     if config.output_hidden_states or config.output_attentions:
         return False
     known = {"token_type_ids", "position_ids"}
-    return all(key in known or key in _HARMLESS or not value for key, value in inputs.items())
+    return all(
+        key in known or key in _HARMLESS or (not isinstance(value, Tensor) and not value)
+        for key, value in inputs.items()
+    )
 
 
 class _Container:

@@ -64,6 +64,8 @@ class Encoder:
     fixed : (Packing, dict), optional
         A packing, and the base model's inputs packed like that, in the place of those that
         it is given; see `given`.
+    in_head : bool, optional
+        Whether the model's head is running, where only it may be given first tokens alone.
     """
 
     stack: Stack
@@ -83,6 +85,7 @@ class Encoder:
     seeds: Tensor | None = None
     dtype: torch.dtype | None = None
     fixed: tuple[Packing, dict[str, Tensor]] | None = None
+    in_head: bool | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
         """Return what a copied model runs, whose gradients are its own."""

@@ -23,8 +23,9 @@ def reads_first_only(model: nn.Module, row: StackRow) -> bool:
 
 
 def reads_padding(model: nn.Module, row: StackRow) -> bool:
-    """Return whether the head looks at tokens of padding."""
-    return type(model).__name__.endswith(row.padding) or _reads_elsewhere(model)
+    """Return whether the head looks at tokens of padding, or may."""
+    named = type(model).__name__.endswith(row.padding)
+    return named or _reads_elsewhere(model) or not _is_known_head(model)
 
 
 def fixed_refusal(model: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from ..errors import BitFitError, listed
 from ..models.families import family_of, head_prefix
 from ..modules import original
 from . import heads
-from .calls import ENCODER, base_class, container_class
+from .calls import ENCODER, base_class, container_class, head_class
 from .embeddings import put_drop_ins, take_drop_ins
 from .encoder import Encoder
 from .parts import base_of
@@ -114,6 +114,9 @@ def install(
     )
     container = base.get_submodule(row.container)
     subclasses = [(base, base_class(base)), (container, container_class(container))]
+    if first_only and model is not base:
+        encoder.in_head = False
+        subclasses.append((model, head_class(model)))
     # all that could fail is done: until here the model is as it was
     for weight, part in found.parts:
         weight.data = part
@@ -130,8 +133,8 @@ def uninstall(model: nn.Module) -> None:
     base, encoder = base_of(model), encoder_of(model)
     if encoder is None:
         return
-    for module in (base, base.get_submodule(encoder.row.container)):
-        module.__class__ = original(module)
-        del vars(module)[ENCODER]
+    for module in (base, base.get_submodule(encoder.row.container), model):
+        if vars(module).pop(ENCODER, None) is not None:
+            module.__class__ = original(module)
     take_drop_ins(encoder.embeddings)
     encoder.weights.separate()

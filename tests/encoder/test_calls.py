@@ -389,11 +389,13 @@ def test_weights_in_bf16_are_not_copied(build, batch, measure):
     assert len(measure(model, batch(model))) > 10
 
 
-def test_a_head_of_ones_own_sees_every_token(build, batch):
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_head_of_ones_own_sees_every_token(masked, build, batch):
     class MeanForSequenceClassification(transformers.BertForSequenceClassification):
         def forward(self, input_ids, attention_mask, labels=None):
             hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
-            share = attention_mask / attention_mask.sum(1, keepdim=True)
+            weight = attention_mask if masked else torch.ones_like(attention_mask)
+            share = weight / weight.sum(1, keepdim=True)
             return self.classifier((hidden * share[..., None]).sum(1))
 
     model = build()
@@ -402,8 +404,55 @@ def test_a_head_of_ones_own_sees_every_token(build, batch):
     expected = model(**inputs)
     bitfit_fast.select(model)
     done = bitfit_fast.patch_encoder(model, precision="fp32")
-    assert not done.first_only
+    assert not done.first_only and "may read padding" in str(done)
     torch.testing.assert_close(model(**inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_ones_own_may_promise_not_to_read_padding(build, batch, runs_as_one):
+    class OwnForSequenceClassification(transformers.BertForSequenceClassification):
+        pass
+
+    for promised in (None, False):
+        model = build()
+        model.__class__ = OwnForSequenceClassification
+        inputs = batch(model)
+        expected = model(**inputs).logits
+        bitfit_fast.select(model)
+        patch_encoder(model, precision="fp32", reads_padding=promised)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+        assert bool(runs_as_one) == (promised is False)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "distilbert"])
+def test_the_base_model_alone_gives_every_token(family, build, batch, runs_as_one):
+    model = build(family)
+    inputs = batch(model)
+    labels = inputs.pop("labels")
+    expected, logits = model.base_model(**inputs).last_hidden_state, model(**inputs).logits
+    bitfit_fast.select(model)
+    assert patch_encoder(model, precision="fp32").first_only
+    found = model.base_model(**inputs).last_hidden_state
+    assert found.shape == expected.shape and not runs_as_one
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # nor does an error in the head leave it taken for running
+    with pytest.raises(TypeError):
+        model(**inputs, labels=labels, unheard_of=object, input_ids=None)
+    assert model.base_model(**inputs).last_hidden_state.shape == expected.shape
+    torch.testing.assert_close(model(**inputs).logits, logits, rtol=1e-5, atol=1e-5)
+    assert runs_as_one
+    unpatch(model)
+    assert type(model).__mro__[1].__module__.startswith("transformers.")
+
+
+def test_a_tensor_that_the_base_model_does_not_know_is_no_error(build, batch, runs_as_one):
+    model = build(head="ForQuestionAnswering")
+    inputs = batch(model)
+    inputs["labels"] = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)
+    expected = model(**inputs).start_logits
+    bitfit_fast.select(model)
+    patch_encoder(model, precision="fp32", reads_padding=False)
+    torch.testing.assert_close(model(**inputs).start_logits, expected, rtol=1e-5, atol=1e-5)
+    assert not runs_as_one
 
 
 def test_lengths_that_cannot_be_are_not_believed(patched, batch):

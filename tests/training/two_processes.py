@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback, Tr
 
 import bitfit_fast
 from bitfit_fast import BitFitTrainer, Settings, patch_encoder, select
-from bitfit_fast.data.batches import pad
+from bitfit_fast.data.batches import in_tensors, pad
 from bitfit_fast.training.fast import FastStep
 from bitfit_fast.training.settings import Plan
 
@@ -64,7 +64,7 @@ def step(folder, rank, processes, output, fixed=False):
     for number in range(STEPS):
         start = number * 2 * BATCH + rank * size
         rows = DATA[start : start + size]
-        loss = one(collate(rows))
+        loss = one(collate(in_tensors([dict(row) for row in rows])))
         found.append(gradients(model))
     return {"gradients": found, "size": one.arena.gradients.numel(), "loss": torch.zeros(()),
             "wrapper": False, "last": loss}  # fmt: skip
