@@ -117,7 +117,7 @@ class Arena:
         Raises
         ------
         BitFitError
-            For a parameter whose data lie elsewhere, as after `Module.to`.
+            For a parameter whose data lie elsewhere, as after `Module.to`, or that was frozen.
         """
         moved: list[tuple[Tensor, Tensor]] = []
         for name, parameter in self.parameters.items():
@@ -126,6 +126,11 @@ class Arena:
                 raise BitFitError(
                     f"the data of {name} no longer lie in the arena; "
                     "release it before moving or converting the model, and build another"
+                )
+            if not parameter.requires_grad:
+                raise BitFitError(
+                    f"{name} no longer requires a gradient, and the optimizer would go on moving "
+                    "it; what trains is settled when training begins"
                 )
             if parameter.grad is None:
                 parameter.grad = self.view(name, self.gradients).zero_()

@@ -23,7 +23,7 @@ from .kinds import Kind, kind_of
 from .methods import METHODS
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
 from .selection import HEAD, Selection, head_names, trained_names
-from .tensorfile import align, digest, read_tensors, write_tensors
+from .tensorfile import align, digest, read_tensors, saving, write_tensors
 
 __all__ = [
     "Checkpoint",
@@ -467,7 +467,8 @@ def merge(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        model.save_pretrained(temporary)
+        with saving(folder):
+            model.save_pretrained(temporary)
         for file in temporary.glob("*.safetensors"):
             align(file)
         tokenizer.save_pretrained(temporary)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .data.load import load_task, task_name
+from .data.load import SPLITS, load_task, task_name
 from .data.task import Split, TaskData
 from .encoder import encoder_of, refusal
 from .errors import BitFitError, listed
@@ -65,6 +65,8 @@ def task_of(
     if file is not None:
         if task is not None:
             raise BitFitError(f"give a task ('{task}') or a file, not both")
+        if split not in SPLITS:
+            raise BitFitError(f"unknown split '{split}' of a file; valid ones are {listed(SPLITS)}")
         if kind.name == "sequence":
             text_columns = text_columns or info.get("text_columns", ("text",))
             label_column = label_column or info.get("label_column", "label")

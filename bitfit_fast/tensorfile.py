@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .errors import BitFitError, listed
 from .files import replace_file, to_json
 
-__all__ = ["ALIGNMENT", "align", "digest", "read_tensors", "write_tensors"]
+__all__ = ["ALIGNMENT", "align", "digest", "read_tensors", "saving", "write_tensors"]
 
 _KEY = "bitfit_fast"
 #: Bytes to which PyTorch aligns the memory of a tensor that it makes itself.
@@ -66,7 +67,17 @@ def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, T
     full = json.loads(text) | {"digest": digest(owned.items(), text)}
     # one entry, as several would be written in no certain order: equal runs make equal files
     metadata = {_KEY: to_json(full)}
-    replace_file(path, lambda temporary: save_file(owned, temporary, metadata=metadata))
+    with saving(path):
+        replace_file(path, lambda temporary: save_file(owned, temporary, metadata=metadata))
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Name the file where safetensors cannot write it, as on a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise BitFitError(f"{path} could not be written: {error}") from None
 
 
 def align(path: Path) -> None:

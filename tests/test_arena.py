@@ -250,6 +250,17 @@ def test_moved_or_converted_parameters_are_named():
     assert model[1].weight.dtype == torch.bfloat16
 
 
+def test_a_parameter_frozen_later_is_named():
+    ps = parameters()
+    arena = Arena(ps)
+    name = next(iter(ps))
+    ps[name].requires_grad_(False)
+    with pytest.raises(BitFitError, match=f"{name} no longer requires a gradient"):
+        arena.zero_gradients()
+    ps[name].requires_grad_(True)
+    arena.zero_gradients()
+
+
 def test_release_gives_each_parameter_its_own_memory():
     ps, before = parameters(), parameters()
     arena = Arena(ps)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -405,6 +405,20 @@ def test_a_header_of_another_version_is_refused(tmp_path):
     path = tmp_path / "file.safetensors"
     write_tensors(path, {"kind": "checkpoint", "unheard": 1}, {"a": torch.ones(1)})
     assert "written by another version" in refusal(read, path)
+
+
+def test_a_save_that_safetensors_refuses_names_the_file(fresh, trained, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise SafetensorError("No space left on device")
+
+    model, path = trained
+    before = path.read_bytes()
+    monkeypatch.setattr(tensorfile, "save_file", fail)
+    assert "No space left" in refusal(save, model, path) and path.read_bytes() == before
+    monkeypatch.undo()
+    monkeypatch.setattr(type(fresh()), "save_pretrained", fail)
+    assert str(tmp_path / "merged") in refusal(merge, path, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

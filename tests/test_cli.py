@@ -305,6 +305,44 @@ def test_a_loss_that_is_nan_exits_with_2(run, bert_folder, files, tmp_path, monk
     refused(result, "loss is nan at step 1", "learning rate")
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_an_interrupt_promises_only_what_was_saved(
+    run, step, bert_folder, files, tmp_path, monkeypatch
+):
+    call = FastStep.__call__
+
+    def interrupted(self, batch):
+        if self.steps == step:
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    arguments = quick(bert_folder, tmp_path / "out", "--train-file", files / "train.csv")
+    with monkeypatch.context() as context:
+        context.setattr(FastStep, "__call__", interrupted)
+        code, _, err = run(*arguments, "--overwrite")
+    assert code == 130
+    if step:
+        assert "--resume in place of --overwrite" in err
+        assert run(*arguments, "--resume")[0] == 0
+    else:
+        assert "nothing was saved" in err and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_run_is_not_resumed(run, bert_folder, files, tmp_path):
+    out = tmp_path / "out"
+    arguments = quick(bert_folder, out, "--train-file", files / "train.csv")
+    assert run(*arguments)[0] == 0
+    model, settings = (out / "model.safetensors"), (out / "settings.json")
+    whole = model.read_bytes()
+    model.write_bytes(whole[:100])
+    refused(run(*arguments, "--resume"), model)
+    model.unlink()
+    refused(run(*arguments, "--resume"), model)
+    model.write_bytes(whole)
+    settings.write_text("[]")
+    refused(run(*arguments, "--resume"), settings, "JSON object")
+
+
 def test_checkpoints_that_cannot_be_trusted_are_refused(
     run, trained, rte_folder, roberta_folder, tmp_path
 ):
@@ -323,6 +361,8 @@ def test_checkpoints_that_cannot_be_trusted_are_refused(
     refused(run("inspect", path), path, "pickle")
     path.write_bytes(good)
     refused(run("evaluate", path, *data, "--base", roberta_folder), "BertForSequence")
+    given = ("--file", rte_folder / "RTE" / "dev.tsv", "--split", "foo")
+    refused(run("evaluate", path, *given), "foo", "train, validation, test")
     assert not (tmp_path / "merged").exists()
 
 

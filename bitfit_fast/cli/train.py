@@ -54,6 +54,11 @@ SplitSeed = Annotated[
 ]
 
 
+def _written(path: Path) -> int | None:
+    """Return when a file was written, if there is one."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """Read whole numbers joined by commas."""
     if text is None:
@@ -289,7 +294,9 @@ def train(
     if data.note:
         say(data.note)
     output = output or Path("runs") / f"{data.name}-{method}-{seed}"
-    RunFolder(output).check(resume, overwrite)
+    folder = RunFolder(output)
+    folder.check(resume, overwrite)
+    before = None if resume else _written(folder.state)
     loaded = load_model(model, data.labels, seed, data.kind)
     tokenizer = load_tokenizer(model)
     selection = prepare(loaded, method, terms=terms, layers=layers, head=head, seed=seed, **options)
@@ -300,7 +307,11 @@ def train(
             resume=resume, overwrite=overwrite, console=console,
         )  # fmt: skip
     except KeyboardInterrupt:
-        say(f"stopped; the same command with --resume goes on from {output}", errors)
+        if _written(folder.state) in (None, before):
+            say("stopped before an evaluation, so nothing was saved", errors)
+        else:
+            how = "--resume in place of --overwrite" if overwrite else "--resume"
+            say(f"stopped; the same command with {how} goes on from {output}", errors)
         raise typer.Exit(130) from None
     best = summary["best"]
     judged = [split for split in best if split.startswith("validation")] or ["train"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def _csv_cells(path: Path) -> Iterator[Cells]:
 
 
 def _table(rows: Iterator[Cells]) -> Iterator[Row]:
-    _, header = next(rows, ("", []))
+    where, header = next(rows, ("", []))
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise BitFitError(f"{where} names the column '{twice[0]}' twice")
     for where, cells in rows:
         if len(cells) != len(header):
             raise BitFitError(

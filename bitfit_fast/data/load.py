@@ -15,14 +15,15 @@ from .squad import is_span_file, load_span_files, load_squad
 from .tags import load_pos, load_tag_files
 from .task import TaskData
 
-__all__ = ["TASKS", "kind_of_files", "load_task", "task_name"]
+__all__ = ["SPLITS", "TASKS", "kind_of_files", "load_task", "task_name"]
 
 _REVIEWS, _SQUAD, _POS = "reviews", "squad", "pos"
 
 #: Names of the built-in tasks.
 TASKS = (*GLUE, _SQUAD, _POS, _REVIEWS)
 
-_KINDS = ("train", "validation", "test")
+#: Names of the sets that a task may have, one file each.
+SPLITS = ("train", "validation", "test")
 
 #: Endings that say of themselves that words are tagged.
 _TAGGED = (".conllu", ".conll")
@@ -124,8 +125,8 @@ def load_task(
     BitFitError
         If what is asked for does not exist or is broken.
     """
-    if unknown := [kind for kind in kinds if kind not in _KINDS]:
-        raise BitFitError(f"unknown split '{unknown[0]}'; valid ones are {listed(_KINDS)}")
+    if unknown := [kind for kind in kinds if kind not in SPLITS]:
+        raise BitFitError(f"unknown split '{unknown[0]}'; valid ones are {listed(SPLITS)}")
     given = {"train": train_file, "validation": validation_file, "test": test_file}
     files = {k: Path(f) for k, f in given.items() if f is not None and k in kinds}
     if task is not None and any(f is not None for f in given.values()):

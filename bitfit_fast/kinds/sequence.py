@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,11 @@ def _score(metrics: Sequence[str], logits: Tensor, split: Split) -> dict[str, fl
 
 def _write(data: TaskData, split: Split, logits: Tensor, folder: Path) -> list[Path]:
     """Write `index` and `prediction` as GLUE's server takes them."""
-    lines = [f"{i}\t{text}" for i, text in enumerate(_written(data, logits))]
-    path = folder / f"{_submission_name(data.name, split.name)}.tsv"
-    write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")
+    path, text = folder / f"{_submission_name(data.name, split.name)}.tsv", io.StringIO()
+    # which quotes a label that holds a tab or the end of a line
+    rows = csv.writer(text, delimiter="\t", lineterminator="\n")
+    rows.writerows([("index", "prediction"), *enumerate(_written(data, logits))])
+    write_text(path, text.getvalue())
     return [path]
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..additions import addition
-from ..checkpoint import fingerprint, save, stored, versions
+from ..checkpoint import fingerprint, read, save, stored, versions
 from ..data.batches import subset, training_batches
 from ..data.task import Split, TaskData
 from ..errors import BitFitError, BitFitWarning, listed
@@ -161,6 +161,8 @@ class _Run:
         if self.folder and resume and self.folder.state.exists():
             optimizer, self.progress = self.folder.load_state(self.model, self.base, self.device)
             self.step.restore(optimizer, self.progress.step)
+            if self.progress.best is not None:
+                read(self.folder.model)  # what was best so far, or why it cannot be told
         reset_peak_memory(self.device)
         self.started = time.perf_counter() - self.progress.seconds
         title = f"{self.selection.method} {self.data.name}"

@@ -95,6 +95,8 @@ class RunFolder:
             before = json.loads(self.settings.read_text(encoding="utf-8"))
         except ValueError:
             raise BitFitError(f"{self.settings} is altered: it is not JSON") from None
+        if not isinstance(before, dict):
+            raise BitFitError(f"{self.settings} is altered: it is no JSON object")
         now = json.loads(to_json(described))
         for key in {**before, **now}:
             if before.get(key) != now.get(key):

@@ -14,7 +14,7 @@ from ..errors import BitFitError, BitFitWarning, listed
 from ..kinds import KINDS, Kind
 from ..methods import METHODS
 
-__all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings"]
+__all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings", "low_rate"]
 
 #: Fewer optimiser steps than this are the commonest cause of a poor BitFit run.
 MIN_STEPS = 500
@@ -30,6 +30,17 @@ SCHEDULES = {
     "linear": lambda progress: 1.0 - progress,
     "constant": lambda progress: 1.0,
 }
+
+
+def low_rate(lr: float) -> str | None:
+    """Return what to say of a learning rate below those of the paper, or None."""
+    low, high = PAPER_LR
+    if lr >= low:
+        return None
+    return (
+        f"learning rate {lr:g} is low for BitFit, which needs a larger one than full fine-tuning; "
+        f"the paper used {low:g} to {high:g}"
+    )
 
 
 @dataclass(frozen=True)
@@ -241,13 +252,8 @@ class Plan:
         lr = settings.lr or METHODS[method].lr
         if method == "bitfit":
             low, high = PAPER_LR
-            if lr < low:
-                warnings.warn(
-                    f"learning rate {lr:g} is low for BitFit, which needs a larger one than full "
-                    f"fine-tuning; the paper used {low:g} to {high:g}",
-                    BitFitWarning,
-                    3,
-                )
+            if (text := low_rate(lr)) is not None:
+                warnings.warn(text, BitFitWarning, 3)
             if steps < MIN_STEPS:
                 warnings.warn(
                     f"{steps} steps are few for BitFit; with the paper's learning rates of "

@@ -34,7 +34,7 @@ from .graph import Recorder
 from .in_arena import InArena, OverArena, without_wrapper
 from .obstacles import capture_obstacle, checkpoints, encoder_obstacle, manager
 from .passes import Passes
-from .settings import Settings
+from .settings import Settings, low_rate
 
 __all__ = ["FILE", "BitFitTrainer"]
 
@@ -213,6 +213,9 @@ class BitFitTrainer(Trainer):
         """Let the encoder run as one operation; return what there is to say of it."""
         memory = "lowest" if checkpoints(self.args) and self.memory == "fast" else self.memory
         precision = "bf16" if self.args.bf16 else "fp32"
+        # as the default of `TrainingArguments` is
+        if self.optimizer is None and (text := low_rate(self.args.learning_rate)) is not None:
+            self._say(logging.WARNING, text)
         return str(patch_encoder(self.model, precision=precision, memory=memory))
 
     def _make_fast(self, ends: contextlib.ExitStack, wraps: bool) -> None:

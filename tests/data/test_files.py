@@ -88,6 +88,15 @@ def test_quoted_csv_fields_may_hold_commas_quotes_and_line_ends(tmp_path):
     assert train.texts == tuple((text,) for text in texts)
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_column_named_twice_is_refused(ending, tmp_path):
+    between = {"csv": ",", "tsv": "\t"}[ending]
+    path = tmp_path / f"train.{ending}"
+    path.write_text(between.join(("text", "label", "text")) + "\n" + between.join("a1b") + "\n")
+    with pytest.raises(BitFitError, match=r"line 1 names the column 'text' twice"):
+        load(train=path)
+
+
 def test_quotes_in_tsv_are_plain_text(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text('text\tlabel\n"a\tx\nb"\ty\n""\tx\n', encoding="utf-8")

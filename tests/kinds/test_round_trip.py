@@ -1,5 +1,6 @@
 """Each kind of task from training to predictions, with small models of several families."""
 
+import csv
 import json
 import sys
 
@@ -341,6 +342,16 @@ def test_heads_and_tasks_must_fit(bert_folder):
         bitfit_fast.load_model(str(bert_folder), None, kind="spam")
     assert type(describe_model(str(bert_folder), "span")).__name__ == "BertForQuestionAnswering"
     assert kind_of("SomethingElse").name == "sequence"
+
+
+def test_a_label_with_a_tab_or_a_line_end_stays_one_field(tmp_path):
+    labels = ("plain", "a\tb", "c\nd")
+    split = bitfit_fast.Split("test", (("x",), ("y",), ("z",)), None)
+    data = bitfit_fast.TaskData("files", labels, ("accuracy",), {"test": split})
+    (path,) = KINDS["sequence"].write(data, split, torch.eye(3), tmp_path)
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t"))
+    assert rows == [["index", "prediction"], *([str(i), name] for i, name in enumerate(labels))]
 
 
 def test_defaults_are_the_kinds_own():

@@ -241,6 +241,15 @@ def test_a_model_outside_the_table_trains_with_modules(trainer, caplog):
     assert_plain(ours.model)
 
 
+@pytest.mark.parametrize(("rate", "said"), [(5e-5, True), (1e-4, False)])
+def test_a_rate_that_is_low_for_biases_is_said_once(rate, said, build, trainer, caplog):
+    with caplog.at_level(logging.WARNING, "bitfit_fast.training.trainer"):
+        ours = trainer(BitFitTrainer, build(), learning_rate=rate)
+        ours.train()
+        ours.train()
+    assert sum("low for BitFit" in r.getMessage() for r in caplog.records) == said
+
+
 def test_a_model_whose_weights_train_stays_as_it_is(build, trainer, caplog):
     models = build(), build()
     for model in models:
