@@ -192,6 +192,35 @@ def test_rates_are_asked_for_at_each_step(build, batch):
     assert torch.equal(copy.deepcopy(model).eval()(**inputs).loss, plain)
 
 
+@BACKENDS
+def test_gradients_are_as_noisy_as_pytorchs(backend, build, batch, key_biases):
+    """Over many steps they have the same mean and spread, and one tells nothing of the next."""
+    draws, found = 200, []
+    for patched in (False, True):
+        model = build("bert", **rates_of("bert", 0.1, 0.1))
+        inputs, zero = batch(model), key_biases(model)
+        select(model)
+        if patched:
+            patch_encoder(model, precision="fp32")
+        parameters = [p for n, p in model.named_parameters() if p.requires_grad and n not in zero]
+        torch.manual_seed(1)
+        gradients = []
+        for _ in range(draws):
+            model.zero_grad()
+            model(**inputs).loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        found.append(torch.stack(gradients).double())
+    noise = [g - g.mean(0) for g in found]
+    plain, ours = (n.square().sum() / (draws - 1) for n in noise)
+    assert ours / plain == pytest.approx(1, abs=0.1)
+    between = (found[1].mean(0) - found[0].mean(0)).square().sum()
+    # 1 on average under one law; means that differ add the square of that
+    assert between / ((plain + ours) / draws) < 2
+    for apart in (1, 2, 3):
+        together = (noise[1][apart:] * noise[1][:-apart]).sum() / (draws - 1)
+        assert abs(together / ours) < 0.1
+
+
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_evaluation_is_that_of_the_model_unpatched(family, build, batch, to_double):
     model = build(family, **rates_of(family, 0.2, 0.2)).eval()
