@@ -117,7 +117,7 @@ class Arena:
         Raises
         ------
         BitFitError
-            For a parameter whose data lie elsewhere, as after `Module.to`, or that was frozen.
+            For a parameter whose data lie elsewhere, as after `Module.to`.
         """
         moved: list[tuple[Tensor, Tensor]] = []
         for name, parameter in self.parameters.items():
@@ -126,11 +126,6 @@ class Arena:
                 raise BitFitError(
                     f"the data of {name} no longer lie in the arena; "
                     "release it before moving or converting the model, and build another"
-                )
-            if not parameter.requires_grad:
-                raise BitFitError(
-                    f"{name} no longer requires a gradient, and the optimizer would go on moving "
-                    "it; what trains is settled when training begins"
                 )
             if parameter.grad is None:
                 parameter.grad = self.view(name, self.gradients).zero_()
@@ -319,6 +314,8 @@ class ArenaAdamW(torch.optim.AdamW):
     ) -> Any:
         """Update the parameters from their gradients; return what `closure` returns.
 
+        Those that no longer require a gradient stay as they are, with their moments.
+
         Parameters
         ----------
         closure : callable, optional
@@ -343,6 +340,7 @@ class ArenaAdamW(torch.optim.AdamW):
         if on_gpu and not capturable and torch.cuda.is_current_stream_capturing():
             raise BitFitError("a CUDA graph needs ArenaAdamW with capturable=True")
         self.arena.check()
+        frozen = self._frozen()
         rates = [group["lr"] if lr is None else lr for group in self.param_groups]
         # what a gradient scaler sets for fused optimisers
         scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
@@ -371,9 +369,21 @@ class ArenaAdamW(torch.optim.AdamW):
                 lr=rate, weight_decay=group["weight_decay"],
                 grad_scale=scale, found_inf=overflow,
             )  # fmt: skip
+        for place, value in frozen:
+            place.copy_(value)
         # autograd does not see that the parameters changed with the buffer
         increment_version(list(self._names))
         return loss
+
+    def _frozen(self) -> list[tuple[Tensor, Tensor]]:
+        """Return places of parameters that were frozen since, which stay, and what is there."""
+        places = [
+            self.arena.view(name, flat)
+            for name, parameter in self.arena.parameters.items()
+            if not parameter.requires_grad
+            for flat in (self.arena.values, *self._moments.values())
+        ]
+        return [(place, place.clone()) for place in places]
 
     def _has_kernels(self, rates: list[Any]) -> bool:
         """Return whether clipping and update are two launches of a GPU."""

@@ -250,15 +250,30 @@ def test_moved_or_converted_parameters_are_named():
     assert model[1].weight.dtype == torch.bfloat16
 
 
-def test_a_parameter_frozen_later_is_named():
-    ps = parameters()
-    arena = Arena(ps)
-    name = next(iter(ps))
-    ps[name].requires_grad_(False)
-    with pytest.raises(BitFitError, match=f"{name} no longer requires a gradient"):
-        arena.zero_gradients()
-    ps[name].requires_grad_(True)
-    arena.zero_gradients()
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_parameter_frozen_later_stays(decay):
+    """As with PyTorch's, to which its gradient is None."""
+    ours, theirs = parameters(), parameters()
+    optimizers = (
+        ArenaAdamW(Arena(ours), lr=0.1, weight_decay=decay),
+        torch.optim.AdamW(theirs.values(), lr=0.1, weight_decay=decay, fused=True),
+    )
+    name = list(ours)[1]
+    for number in range(4):
+        for ps, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            ps[name].requires_grad_(number < 2)
+            loss = sum(
+                (ps[other] * gradient).sum()
+                for other, gradient in gradients(number).items()
+                if ps[other].requires_grad
+            )
+            loss.backward()
+            optimizer.step()
+    assert_ulps(ours, theirs, 4)
+    state = [optimizer.state[ps[name]] for ps, optimizer in zip((ours, theirs), optimizers)]
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[0][key], state[1][key])
 
 
 def test_release_gives_each_parameter_its_own_memory():

@@ -235,6 +235,7 @@ def on_gpu(model):
         mock.patch.object(attention, "attention_fwd", stands_in.fwd),
         mock.patch.object(attention_bwd, "attention_bwd", stands_in.bwd),
         mock.patch.object(_launch, "_multiprocessors", lambda index: 132),
+        mock.patch.object(cuda, "get_device_capability", lambda device: (9, 0)),
         mock.patch.object(cuda, "mem_get_info", lambda device: (2**30, 2**30)),
         mock.patch.object(cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(Sums, "_tables", OrderedDict()),

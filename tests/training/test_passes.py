@@ -191,11 +191,14 @@ def test_passes_follow_what_callbacks_change(train, runs):
                     if isinstance(module, nn.Dropout):
                         module.p = 0.3
             if state.global_step == 12:
-                model.bert.encoder.layer[0].output.dense.bias.requires_grad_(False)
+                frozen = model.bert.encoder.layer[0].output.dense.bias.requires_grad_(False)
+                before.append((frozen, frozen.detach().clone()))
 
+    before: list = []
     ours, theirs = (train(k, dropout=0.1, given={"callbacks": [Change]}) for k in KINDS)
     assert sum(runs) >= 6
     assert_same(ours, theirs)
+    assert len(before) == 2 and all(torch.equal(now, then) for now, then in before)
 
 
 def test_evaluation_on_the_way_makes_no_other_passes(train, runs):
