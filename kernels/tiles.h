@@ -99,7 +99,7 @@ struct Weight {
 };
 
 // Calls done(numbers, first row, rows, first column), 32 columns and any number of rows at a time,
-// for gathered rows times some panels of a weight. That is done for one part while the next is
+// for gathered rows times some panels of a weight; it may write to the numbers. That is done for one part while the next is
 // multiplied.
 template <class X, class Done>
 void multiply_rows(Operand<Number<X>> gathered, int64_t count, const Weight& weight,
@@ -161,17 +161,15 @@ void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int
                 multiply_rows<X>({gathered.data, plane}, count,
                                  weight.rows<Number<X>>(k, some), left, right,
                                  [&](float* numbers, int64_t row, int64_t n, int64_t column) {
-                    float* before = sums.data + row * width + column - left * SIDE;
-                    if (k)
+                    const bool is_last = k + some == weight.depth;
+                    float* kept = sums.data + row * width + column - left * SIDE;
+                    if (deep < weight.depth)
                         each_vector(numbers, 0, n, 0, [&](Floats v, int64_t r, int64_t j) {
-                            narrow(numbers + r * SIDE + j, v + widen(before + r * width + j));
+                            float* sum = kept + r * width + j;
+                            if (k) v += widen(sum);
+                            narrow(is_last ? numbers + r * SIDE + j : sum, v);
                         });
-                    if (k + some == weight.depth)
-                        done(numbers, first + row, n, column);
-                    else
-                        each_vector(numbers, 0, n, 0, [&](Floats v, int64_t r, int64_t j) {
-                            narrow(before + r * width + j, v);
-                        });
+                    if (is_last) done(numbers, first + row, n, column);
                 });
             }
         }

@@ -213,9 +213,6 @@ class BitFitTrainer(Trainer):
         """Let the encoder run as one operation; return what there is to say of it."""
         memory = "lowest" if checkpoints(self.args) and self.memory == "fast" else self.memory
         precision = "bf16" if self.args.bf16 else "fp32"
-        # as the default of `TrainingArguments` is
-        if self.optimizer is None and (text := low_rate(self.args.learning_rate)) is not None:
-            self._say(logging.WARNING, text)
         return str(patch_encoder(self.model, precision=precision, memory=memory))
 
     def _make_fast(self, ends: contextlib.ExitStack, wraps: bool) -> None:
@@ -223,12 +220,12 @@ class BitFitTrainer(Trainer):
         model = self.model
         if _is_patched(model):
             return
-        reason = encoder_obstacle(self)
+        reason, method = encoder_obstacle(self), Selection.of(model).method
         if reason is None and wraps:
             reason = "without an arena DistributedDataParallel wraps it, and writes its weights"
         if reason is None:
             self._say(logging.INFO, self._patch_encoder())
-        elif Selection.of(model).method not in ("bitfit", "frozen"):
+        elif method not in ("bitfit", "frozen"):
             reason = obstacle(model) or "its weights train"
             self._say(logging.WARNING, f"the model stays as it is: {reason}")
             return
@@ -237,6 +234,10 @@ class BitFitTrainer(Trainer):
             text = f"the encoder does not run as one operation: {reason}; instead: {done}"
             self._say(logging.WARNING, text)
         ends.callback(unpatch, model)
+        # as the default of `TrainingArguments` is
+        slow = low_rate(self.args.learning_rate) if method == "bitfit" else None
+        if slow is not None and self.optimizer is None:
+            self._say(logging.WARNING, slow)
 
     def _arena_options(self) -> dict[str, Any] | None:
         """Return the options of AdamW if the arena's can take its place."""

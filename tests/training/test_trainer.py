@@ -241,8 +241,13 @@ def test_a_model_outside_the_table_trains_with_modules(trainer, caplog):
     assert_plain(ours.model)
 
 
+@pytest.mark.parametrize("encoder", [True, False])
 @pytest.mark.parametrize(("rate", "said"), [(5e-5, True), (1e-4, False)])
-def test_a_rate_that_is_low_for_biases_is_said_once(rate, said, build, trainer, caplog):
+def test_a_rate_that_is_low_for_biases_is_said_once(
+    rate, said, encoder, build, trainer, caplog, monkeypatch
+):
+    if not encoder:
+        monkeypatch.setattr("bitfit_fast.training.trainer.encoder_obstacle", lambda one: "no")
     with caplog.at_level(logging.WARNING, "bitfit_fast.training.trainer"):
         ours = trainer(BitFitTrainer, build(), learning_rate=rate)
         ours.train()
