@@ -24,7 +24,8 @@ struct Head {
           other(scratch.take<P>(PLANES<X> * plane)) {
         for (int64_t i = 0; i < padded; i++)
             for (int64_t j = 0; j < size; j += LANES)
-                copy_parts(i < count ? from + i * stride + j : nullptr, rows + i * size + j, plane);
+                copy_parts<X>(i < count ? from + i * stride + j : nullptr, rows + i * size + j,
+                              plane);
     }
 
     Operand<P> from(int64_t row) const { return {rows + row * size, plane}; }

@@ -30,7 +30,7 @@ struct Layer {
 };
 
 // What the layers have in common. `o`, `spare` and `firsts` are scratch: of the size of all tokens,
-// of twice that, and of a row for each sequence.
+// of twice that, and of a row for each sequence. What goes from layer to layer is in fp32.
 template <class X>
 struct Through {
     int64_t count, tokens, heads, size;
@@ -39,14 +39,15 @@ struct Through {
     const float* bias;
     int64_t bias_head, bias_query;
     float factor;
-    const X* x;
-    X *o, *spare, *firsts, *y;
+    const float* x;
+    X* o;
+    float *spare, *firsts, *y;
     int rounds, threads;
 
     int64_t width() const { return heads * size; }
 
     // What a layer gives, of those that are left: the last one gives y.
-    X* out_of(int64_t left) const { return left == 1 ? y : spare + left % 2 * tokens * width(); }
+    float* out_of(int64_t left) const { return left == 1 ? y : spare + left % 2 * tokens * width(); }
 
     // Attention where a token's keys are `stride` numbers behind those of the one before.
     Attention attention(bool of_first, int64_t stride) const {
@@ -58,22 +59,23 @@ struct Through {
 template <class Act, class X>
 void layers_fwd(const Layer<X>* layers, const Through<X>& t) {
     const int64_t width = t.width();
-    const X* x = t.x;
+    const float* x = t.x;
     for (int64_t i = 0; i < t.count; i++) {
         const Layer<X>& l = layers[i];
         const int64_t stride = l.qkv->columns, rows = l.q ? t.first_tokens : t.tokens;
-        X *y = t.out_of(t.count - i), *k = l.q ? l.qkv_rows : l.qkv_rows + width;
-        linear(x, width, *l.qkv, l.qkv_b, l.qkv_rows, false, t.tokens, t.threads);
+        float* y = t.out_of(t.count - i);
+        X* k = l.q ? l.qkv_rows : l.qkv_rows + width;
+        linear<X>(x, width, *l.qkv, l.qkv_b, l.qkv_rows, false, t.tokens, t.threads);
         if (l.q) {
             for (int64_t n = 0; n < rows; n++)
-                std::memcpy(t.firsts + n * width, x + t.starts[n] * width, width * sizeof(X));
+                std::memcpy(t.firsts + n * width, x + t.starts[n] * width, width * sizeof(float));
             x = t.firsts;
-            linear(x, width, *l.q, l.q_b, l.q_rows, false, rows, t.threads);
+            linear<X>(x, width, *l.q, l.q_b, l.q_rows, false, rows, t.threads);
         }
         attention_fwd<X>(l.q ? l.q_rows : l.qkv_rows, k, k + width, t.o,
                          t.attention(l.q, stride), l.drop(t.rounds), t.threads);
-        layer_end<Act, X>(t.o, x, *l.out, l.middle, *l.up, l.up_b, l.slopes, *l.down, l.end, y,
-                          rows, t.rounds, t.threads);
+        layer_end<Act>(t.o, x, *l.out, l.middle, *l.up, l.up_b, l.slopes, *l.down, l.end, y, rows,
+                       t.rounds, t.threads);
         x = y;
     }
 }
@@ -83,16 +85,16 @@ void layers_fwd(const Layer<X>* layers, const Through<X>& t) {
 template <class Act, class X>
 void layers_bwd(const Layer<X>* layers, const Through<X>& t, X* dqkv) {
     const int64_t width = t.width();
-    const X* dy = t.x;
+    const float* dy = t.x;
     for (int64_t i = 0; i < t.count; i++) {
         const Layer<X>& l = layers[i];
         const int64_t stride = l.qkv->depth, rows = l.q ? t.first_tokens : t.tokens;
         const int64_t q_stride = l.q ? width : stride;
         const X *q = l.q ? l.q_rows : l.qkv_rows, *k = l.qkv_rows + (l.q ? 0 : width);
-        X *dx = t.out_of(t.count - i), *of_rows = l.q ? t.firsts : dx;
+        float *dx = t.out_of(t.count - i), *of_rows = l.q ? t.firsts : dx;
         X *dq = l.q ? dqkv + t.tokens * stride : dqkv, *dk = l.q ? dqkv : dqkv + width;
-        layer_end_bwd<Act, X>(dy, *l.out, l.middle, *l.up, l.up_b, l.slopes, *l.down, l.end, t.o,
-                              of_rows, l.ends, rows, t.rounds, t.threads);
+        layer_end_bwd<Act>(dy, *l.out, l.middle, *l.up, l.up_b, l.slopes, *l.down, l.end, t.o,
+                           of_rows, l.ends, rows, t.rounds, t.threads);
         attention_bwd<X>(t.o, q, k, k + width, dq, q_stride, dk, dk + width, stride,
                          t.attention(l.q, stride), l.drop(t.rounds), t.threads);
         const X* parts[] = {dq, dk, dk + width};
@@ -100,12 +102,12 @@ void layers_bwd(const Layer<X>* layers, const Through<X>& t, X* dqkv) {
             if (l.sums[n])
                 column_sum(parts[n], n ? stride : q_stride, l.sums[n], n ? t.tokens : rows, width,
                            Dropout{0, 1.0f, 0, t.rounds}, t.threads);
-        linear(dqkv, stride, *l.qkv, nullptr, dx, !l.q, t.tokens, t.threads);
+        linear<X>(dqkv, stride, *l.qkv, nullptr, dx, !l.q, t.tokens, t.threads);
         if (l.q) {
-            linear(dq, width, *l.q, nullptr, of_rows, true, rows, t.threads);
+            linear<X>(dq, width, *l.q, nullptr, of_rows, true, rows, t.threads);
             for (int64_t n = 0; n < rows; n++) {
-                X* to = dx + t.starts[n] * width;
-                const X* from = of_rows + n * width;
+                float* to = dx + t.starts[n] * width;
+                const float* from = of_rows + n * width;
                 for (int64_t j = 0; j < width; j += LANES)
                     narrow(to + j, widen(to + j) + widen(from + j));
             }

@@ -116,50 +116,59 @@ def _struct(layer: Layer, q: Tensor | None, qkv: Tensor, kept: Any, act: str) ->
 
 
 def _run(
-    which: str, structs: Sequence[_Layer], act: str, heads: Heads, tokens: int, x: Tensor, y: Tensor
+    which: str, structs: Sequence[_Layer], act: str, heads: Heads, qkv: Tensor, x: Tensor, y: Tensor
 ) -> None:
-    """Run layers, which take contiguous x and give y."""
-    width, first_tokens = x.shape[1], heads.first_tokens
+    """Run layers that take contiguous x and give y, with q, k and v like these."""
+    tokens, width, first_tokens = len(qkv), x.shape[1], heads.first_tokens
     size, bias, backward = width // heads.count, heads.bias, which == "layers_bwd"
-    # o, what goes from layer to layer, and dqkv; and rows of first tokens
-    room = x.new_empty((3 + 3 * backward) * tokens + first_tokens, width)
-    o, spare, rest = (room[i * tokens :] for i in (0, 1, 3))
+    # o and dqkv, and what goes from layer to layer, with rows of first tokens behind it
+    o = qkv.new_empty((1 + 3 * backward) * tokens, width)
+    spare = x.new_empty(2 * tokens + first_tokens, width)
     strides = (0, 0) if bias is None else bias.stride()[:2]
     through = _Through(
         *(len(structs), tokens, heads.count, size),
         *(heads.starts.data_ptr(), heads.each.data_ptr(), len(heads.starts) - 1, first_tokens),
         *(library.pointer(bias), *strides, size**-0.5),
-        *(t.data_ptr() for t in (x, o, spare, room[len(room) - first_tokens :], y)),
+        *(t.data_ptr() for t in (x, o, spare, spare[2 * tokens :], y)),
         ROUNDS,
     )
     layers = (_Layer * len(structs))(*structs)
     addresses = [ctypes.addressof(layers), ctypes.addressof(through)]
-    addresses += [rest.data_ptr()] * backward
-    library.call(which, library.DTYPES[x.dtype], library.ACTS[act], *addresses)
+    addresses += [o[tokens:].data_ptr()] * backward
+    library.call(which, library.DTYPES[qkv.dtype], library.ACTS[act], *addresses)
 
 
 def layers_fwd(
-    x: Tensor, layers: Sequence[Layer], heads: Heads, act: str, few_bits: bool, keeps: bool
+    x: Tensor,
+    layers: Sequence[Layer],
+    heads: Heads,
+    act: str,
+    dtype: torch.dtype,
+    few_bits: bool,
+    keeps: bool,
 ) -> tuple[Tensor, list[Kept]]:
     """Run layers from the bottom.
 
     Parameters
     ----------
     x : Tensor
-        `[T, d]` contiguous, bf16 or fp32.
+        `[T, d]` fp32, contiguous.
     layers : sequence of Layer
         With weights packed for the forward pass.
     heads : Heads
         Of attention.
     act : str
         The feed-forward blocks' activation.
+    dtype : torch.dtype
+        Of the weights, and of what is multiplied and kept: bf16 or fp32. What goes from layer to
+        layer is in fp32.
     few_bits, keeps : bool
         Whether act' is kept in 8 bits, and whether anything is.
 
     Returns
     -------
     y : Tensor
-        `[T, d]`, or `[B, d]` where the last layer computes first tokens only.
+        `[T, d]` fp32, or `[B, d]` where the last layer computes first tokens only.
     kept : list
         What each layer keeps, as `Kept` says; empty where nothing is.
     """
@@ -167,20 +176,24 @@ def layers_fwd(
     kept: list[Kept] = []
     structs, rows = [], tokens
     # what is not kept, layers use one after the other
-    shared = None if keeps else x.new_empty(tokens, 3 * width)
+    shared = None if keeps else x.new_empty(tokens, 3 * width, dtype=dtype)
+    qkv = shared
     for layer in layers:
         q = None
         if layer.q is not None:
             rows = heads.first_tokens
-            q = x.new_empty(rows, width)
-        qkv = x.new_empty(tokens, layer.weights[0].columns) if shared is None else shared
+            q = x.new_empty(rows, width, dtype=dtype)
+        if shared is None:
+            qkv = x.new_empty(tokens, layer.weights[0].columns, dtype=dtype)
+        assert qkv is not None
         if keeps:
-            hats, rstds = x.new_empty(2, rows, width), x.new_empty(2, rows, dtype=torch.float32)
+            hats, rstds = qkv.new_empty(2, rows, width), x.new_empty(2, rows)
             slope = _room_for_slopes(hats[0], layer.weights[2].columns, few_bits)
             kept.append((q, qkv, hats[0], rstds[0], slope, hats[1], rstds[1]))
         structs.append(_struct(layer, q, qkv, kept[-1][2:] if keeps else None, act))
+    assert qkv is not None
     y = x.new_empty(rows, width)
-    _run("layers_fwd", structs, act, heads, tokens, x, y)
+    _run("layers_fwd", structs, act, heads, qkv, x, y)
     return y, kept
 
 
@@ -197,7 +210,7 @@ def layers_bwd(
     Parameters
     ----------
     dy : Tensor
-        The gradient of what the first of these layers gave, contiguous.
+        fp32, contiguous: the gradient of what the first of these layers gave.
     layers : sequence of Layer
         With weights packed for the backward pass.
     heads, act
@@ -211,7 +224,7 @@ def layers_bwd(
     Returns
     -------
     dx : Tensor
-        `[T, d]`.
+        `[T, d]` fp32.
     sums : list of list of Tensor or None
         fp32, those sums.
     """
@@ -220,14 +233,14 @@ def layers_bwd(
         sizes = [width] * 8
         sizes[2] = layer.weights[3].columns
         sizes = [size * wanted for size, wanted in zip(sizes, needed)]
-        room = dy.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+        room = dy.new_empty(sum(sizes)).split(sizes)
         found = [part if wanted else None for part, wanted in zip(room, needed)]
         struct = _struct(layer, each[0], each[1], each[2:], act)
         struct.ends[:] = [*map(library.pointer, found[:5])]
         struct.sums[:] = [*map(library.pointer, found[5:])]
         structs.append(struct)
         sums.append(found)
-    tokens = len(kept[0][1])
-    dx = dy.new_empty(tokens, width)
-    _run("layers_bwd", structs, act, heads, tokens, dy, dx)
+    qkv = kept[0][1]
+    dx = dy.new_empty(len(qkv), width)
+    _run("layers_bwd", structs, act, heads, qkv, dy, dx)
     return dx, sums

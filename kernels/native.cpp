@@ -396,8 +396,8 @@ void bitfit_layer_end(int type, int act, void* o, void* x, const Weight* out, co
                       const void* end, void* y, int64_t rows, int rounds, int threads) {
     WITH_TYPE(type, X, with_activation(act, [&](auto a) {
         using At = const Junction<X>*;
-        layer_end<decltype(a), X>(of<X>(o), of<X>(x), *out, *At(middle), *up, b, *slopes, *down,
-                                  *At(end), of<X>(y), rows, rounds, threads);
+        layer_end<decltype(a)>(of<X>(o), of<X>(x), *out, *At(middle), *up, b, *slopes, *down,
+                               *At(end), of<X>(y), rows, rounds, threads);
     }))
 }
 
@@ -409,9 +409,8 @@ void bitfit_layer_end_bwd(int type, int act, void* dy, const Weight* out, const 
     float* const sums[] = {end_beta, end_b, up_b, middle_beta, middle_b};
     WITH_TYPE(type, X, with_activation(act, [&](auto a) {
         using At = const Junction<X>*;
-        layer_end_bwd<decltype(a), X>(of<X>(dy), *out, *At(middle), *up, b, *slopes, *down,
-                                      *At(end), of<X>(dout), of<X>(dx), sums, rows, rounds,
-                                      threads);
+        layer_end_bwd<decltype(a)>(of<X>(dy), *out, *At(middle), *up, b, *slopes, *down, *At(end),
+                                   of<X>(dout), of<X>(dx), sums, rows, rounds, threads);
     }))
 }
 

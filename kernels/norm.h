@@ -9,7 +9,7 @@ namespace {
 
 // y = LayerNorm(residual + dropout(x + b)); what is null is left out. The sum goes to `sum`, the
 // normalised rows to `xhat`.
-template <class X, class R, class Y>
+template <class X, class R, class Y, class H = Y>
 struct LayerNorm {
     const X* x;
     int64_t stride;
@@ -17,7 +17,8 @@ struct LayerNorm {
     const R* residual;
     int64_t residual_stride;
     const float *gamma, *beta;
-    Y *y, *sum, *xhat;
+    Y *y, *sum;
+    H* xhat;
     float *mean_out, *rstd_out;
     int64_t columns;
     double eps;
@@ -54,7 +55,8 @@ struct LayerNorm {
                 square += at.only(v * v, 0.0f);
             });
             float rstd = float(1.0 / std::sqrt(double(sum_of(square) / float(columns)) + eps));
-            Y *out = y + i * columns, *hat = xhat ? xhat + i * columns : nullptr;
+            Y* out = y + i * columns;
+            H* hat = xhat ? xhat + i * columns : nullptr;
             sweep(columns, [&](int64_t j, auto at) {
                 Floats v = widen(s + j) * rstd;
                 if (hat) at.store(hat + j, v);

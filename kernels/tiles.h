@@ -7,8 +7,6 @@
 // it while they are in the first-level cache.
 #pragma once
 
-#include <type_traits>
-
 #include "norm.h"
 #include "units.h"
 
@@ -53,7 +51,7 @@ void pack(const X* from, int64_t row, int64_t column, int64_t depth, int64_t col
                     X some[LANES];
                     for (int l = 0; l < LANES; l++)
                         some[l] = first[(k + i) * row + (j + l) * column];
-                    copy_parts(some, numbers, LANES);
+                    copy_parts<X>(some, numbers, LANES);
                     for (int part = 0; part < PLANES<X>; part++)
                         for (int l = 0; l < LANES; l++)
                             step[part * PART + place<P>(i, j + l)] = numbers[part * LANES + l];
@@ -71,13 +69,13 @@ inline int64_t gathered_at(int64_t i, int64_t j, int64_t depth) {
 }
 
 // Rows as a left operand, block by block of 32; zeros stand behind the last.
-template <class X>
-void gather_rows(const X* from, int64_t stride, int64_t count, int64_t depth, Number<X>* to,
+template <class X, class From>
+void gather_rows(const From* from, int64_t stride, int64_t count, int64_t depth, Number<X>* to,
                  int64_t plane) {
     for (int64_t i = 0; i < whole(count) * SIDE; i++) {
-        const X* row = i < count ? from + i * stride : nullptr;
+        const From* row = i < count ? from + i * stride : nullptr;
         for (int64_t k = 0; k < depth; k += LANES)
-            copy_parts(row ? row + k : nullptr, to + gathered_at(i, k, depth), plane);
+            copy_parts<X>(row ? row + k : nullptr, to + gathered_at(i, k, depth), plane);
     }
 }
 
@@ -99,8 +97,8 @@ struct Weight {
 };
 
 // Calls done(numbers, first row, rows, first column), 32 columns and any number of rows at a time,
-// for gathered rows times some panels of a weight; it may write to the numbers. That is done for one part while the next is
-// multiplied.
+// for gathered rows times some panels of a weight; it may write to the numbers. That is done for
+// one part while the next is multiplied.
 template <class X, class Done>
 void multiply_rows(Operand<Number<X>> gathered, int64_t count, const Weight& weight,
                    int64_t first_panel, int64_t last_panel, Done done) {
@@ -135,8 +133,8 @@ void multiply_rows(Operand<Number<X>> gathered, int64_t count, const Weight& wei
 }
 
 // Calls done(numbers, first row, rows, first column) for x times a packed weight.
-template <class X, class Done>
-void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int threads,
+template <class X, class From, class Done>
+void product(const From* x, int64_t stride, const Weight& weight, int64_t rows, int threads,
              Done done) {
     const int64_t blocks = whole(rows), panels = weight.columns / SIDE;
     const int64_t down = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));
@@ -157,7 +155,7 @@ void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int
             const int64_t count = std::min(rows, std::min(last, i + chunk) * SIDE) - first;
             for (int64_t k = 0; k < weight.depth; k += deep) {
                 const int64_t some = std::min(deep, weight.depth - k);
-                gather_rows(x + first * stride + k, stride, count, some, gathered.data, plane);
+                gather_rows<X>(x + first * stride + k, stride, count, some, gathered.data, plane);
                 multiply_rows<X>({gathered.data, plane}, count,
                                  weight.rows<Number<X>>(k, some), left, right,
                                  [&](float* numbers, int64_t row, int64_t n, int64_t column) {
@@ -176,13 +174,13 @@ void product(const X* x, int64_t stride, const Weight& weight, int64_t rows, int
     }
 }
 
-// y = x W + b, or y += x W.
-template <class X>
-void linear(const X* x, int64_t stride, const Weight& weight, const float* b, X* y, bool onto,
+// y = x W + b, or y += x W, with a weight of type X.
+template <class X, class From, class To>
+void linear(const From* x, int64_t stride, const Weight& weight, const float* b, To* y, bool onto,
             int64_t rows, int threads) {
-    product(x, stride, weight, rows, threads, [=](auto... part) {
+    product<X>(x, stride, weight, rows, threads, [=](auto... part) {
         each_vector(part..., [=](Floats v, int64_t i, int64_t j) {
-            X* to = y + i * weight.columns + j;
+            To* to = y + i * weight.columns + j;
             if (b) v += widen(b + j);
             if (onto) v += widen(to);
             narrow(to, v);
@@ -221,7 +219,7 @@ struct Slopes {
 template <class Act, class X>
 void linear_activation(const X* x, int64_t stride, const Weight& weight, const float* b, X* h,
                        const Slopes& slopes, int64_t rows, int threads) {
-    product(x, stride, weight, rows, threads, [=](auto... part) {
+    product<X>(x, stride, weight, rows, threads, [=](auto... part) {
         each_vector(part..., [=](Floats v, int64_t i, int64_t j) {
             Floats value, derivative;
             if (b) v += widen(b + j);
@@ -238,7 +236,7 @@ void linear_activation_bwd(const X* dy, int64_t stride, const Weight& weight,
                            const Slopes& slopes, const float* b, X* dz, float* db, int64_t rows,
                            int threads) {
     Sums sums(db, rows, weight.columns);
-    product(dy, stride, weight, rows, threads,
+    product<X>(dy, stride, weight, rows, threads,
             [=, &sums](const float* part, int64_t row, int64_t count, int64_t column) {
         float* sum = sums.block(row / SIDE);
         each_vector(part, row, count, column, [=](Floats v, int64_t i, int64_t j) {
@@ -300,15 +298,17 @@ using SliceSum = std::conditional_t<BYTES<X> == sizeof(bf16), X, float>;
 
 template <class X>
 inline int64_t end_bytes(int64_t width, int64_t slice) {
-    return BYTES<X> * (width + slice) + (sizeof(X) + sizeof(SliceSum<X>)) * width;
+    return BYTES<X> * (width + slice) + (sizeof(float) + sizeof(SliceSum<X>)) * width;
 }
 
 // y = LN(s + dropout(act(s W_up + b_up) W_down + b)), where s = LN(x + dropout(o W_out + b)): what
-// a post-norm layer does behind attention, whose heads gave `o`, some rows at a time.
-template <class Act, class X>
-void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& middle,
+// a post-norm layer does behind attention, whose heads gave `o`, some rows at a time. What goes on
+// from junction to junction is in fp32 inside of the layer, and of type R outside: to round it to
+// bf16 costs more of the gradients' precision than all other rounding does.
+template <class Act, class X, class R>
+void layer_end(const X* o, const R* x, const Weight& out, const Junction<X>& middle,
                const Weight& up, const float* b, const Slopes& slopes, const Weight& down,
-               const Junction<X>& end, X* y, int64_t rows, int rounds, int threads) {
+               const Junction<X>& end, R* y, int64_t rows, int rounds, int threads) {
     const int64_t width = out.columns, inner = up.columns, slice = columns_at_once<X>(inner);
     each_chunk(rows, end_bytes<X>(width, slice), threads,
                [&](int64_t first, int64_t count, Scratch& scratch) {
@@ -316,7 +316,7 @@ void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& mid
         auto* gathered = scratch.take<Number<X>>(PLANES<X> * size * width);
         auto* h = scratch.take<Number<X>>(PLANES<X> * size * slice);
         auto* z = scratch.take<SliceSum<X>>(size * width);
-        X* s = scratch.take<X>(size * width);
+        auto* s = scratch.take<float>(size * width);
         const Operand<Number<X>> of_width{gathered, size * width}, of_slice{h, size * slice};
         bool onto = false;
         const auto keep_rows = [&](auto... part) {
@@ -327,13 +327,13 @@ void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& mid
         };
         // rows are numbered as in the whole batch, by which dropout goes
         const int64_t before = first * width;
-        gather_rows(o + before, width, count, width, gathered, of_width.plane);
+        gather_rows<X>(o + before, width, count, width, gathered, of_width.plane);
         multiply_rows<X>(of_width, count, out, 0, width / SIDE, keep_rows);
-        using Norm = LayerNorm<SliceSum<X>, X, X>;
-        Norm{z - before, width, middle.b, x, width, middle.gamma, middle.beta, s - before, nullptr,
-             middle.xhat, nullptr, middle.rstd, width, middle.eps,
-             middle.drop(rounds)}(first, first + count);
-        gather_rows(s, width, count, width, gathered, of_width.plane);
+        LayerNorm<SliceSum<X>, R, float, X>{
+            z - before, width, middle.b, x, width, middle.gamma, middle.beta, s - before, nullptr,
+            middle.xhat, nullptr, middle.rstd, width, middle.eps,
+            middle.drop(rounds)}(first, first + count);
+        gather_rows<X>(s, width, count, width, gathered, of_width.plane);
         for (int64_t left = 0; left < inner; left += slice) {
             const int64_t some = std::min(slice, inner - left);
             multiply_rows<X>(of_width, count, up, left / SIDE, (left + some) / SIDE,
@@ -351,17 +351,18 @@ void layer_end(const X* o, const X* x, const Weight& out, const Junction<X>& mid
                              keep_rows);
             onto = true;
         }
-        Norm{z - before, width, end.b, s - before, width, end.gamma, end.beta, y, nullptr,
-             end.xhat, nullptr, end.rstd, width, end.eps, end.drop(rounds)}(first, first + count);
+        LayerNorm<SliceSum<X>, float, R, X>{
+            z - before, width, end.b, s - before, width, end.gamma, end.beta, y, nullptr, end.xhat,
+            nullptr, end.rstd, width, end.eps, end.drop(rounds)}(first, first + count);
     });
 }
 
 // The gradients of o and x, by weights packed for the backward pass, and those of the biases: of
 // the end's beta and b, of b_up, and of the middle's beta and b.
-template <class Act, class X>
-void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, const Weight& up,
+template <class Act, class X, class R>
+void layer_end_bwd(const R* dy, const Weight& out, const Junction<X>& middle, const Weight& up,
                    const float* b, const Slopes& slopes, const Weight& down,
-                   const Junction<X>& end, X* dout, X* dx, float* const* sums_out, int64_t rows,
+                   const Junction<X>& end, X* dout, R* dx, float* const* sums_out, int64_t rows,
                    int rounds, int threads) {
     const int64_t width = out.columns, inner = down.columns, slice = columns_at_once<X>(inner);
     Sums end_beta(sums_out[0], rows, width), end_b(sums_out[1], rows, width);
@@ -372,7 +373,7 @@ void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, co
         const int64_t size = whole(count) * SIDE, before = first * width;
         auto* gathered = scratch.take<Number<X>>(PLANES<X> * size * width);
         auto* du = scratch.take<Number<X>>(PLANES<X> * size * slice);
-        auto* ds = scratch.take<SliceSum<X>>(size * width);
+        auto* ds = scratch.take<float>(size * width);
         X* dz = scratch.take<X>(size * width);
         const Operand<Number<X>> of_width{gathered, size * width}, of_slice{du, size * slice};
         const auto norm = [&](const auto* from, const Junction<X>& at, auto* to, Sums& beta,
@@ -387,9 +388,9 @@ void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, co
                 bwd(i, std::min(first + count, i + SIDE), beta.block(i / SIDE),
                     bias.block(i / SIDE), nullptr);
             if (like.threshold)
-                gather_rows(dz, width, count, width, gathered, of_width.plane);
+                gather_rows<X>(dz, width, count, width, gathered, of_width.plane);
             else
-                gather_rows(to + before, width, count, width, gathered, of_width.plane);
+                gather_rows<X>(to + before, width, count, width, gathered, of_width.plane);
         };
         norm(dy, end, ds - before, end_beta, end_b);
         for (int64_t left = 0; left < inner; left += slice) {
@@ -406,7 +407,7 @@ void layer_end_bwd(const X* dy, const Weight& out, const Junction<X>& middle, co
             multiply_rows<X>(of_slice, count, up.rows<Number<X>>(left, columns), 0, width / SIDE,
                              [&](auto... part) {
                 each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
-                    auto* to = ds + i * width + j;
+                    float* to = ds + i * width + j;
                     narrow(to, v + widen(to));
                 });
             });

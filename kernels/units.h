@@ -13,6 +13,8 @@
 //   vectors (AVX-512)         fp32; bf16 is widened when an operand is laid out.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -119,10 +121,10 @@ inline void split(Number<X>* to, [[maybe_unused]] int64_t plane, Floats v) {
 }
 
 // 16 numbers that are there, or zeros.
-template <class X>
-inline void copy_parts(const X* from, Number<X>* to, int64_t plane) {
-    if constexpr (sizeof(X) == sizeof(Number<X>)) {
-        X numbers[LANES] = {};
+template <class X, class From>
+inline void copy_parts(const From* from, Number<X>* to, int64_t plane) {
+    if constexpr (std::is_same_v<From, Number<X>>) {
+        From numbers[LANES] = {};
         if (from) std::memcpy(numbers, from, sizeof numbers);
         std::memcpy(to, numbers, sizeof numbers);
     } else {

@@ -59,13 +59,16 @@ class BackwardPass:
         residual: Tensor | None = None  # the gradient of the residual that goes on
         number = last
         while number >= 0:
-            of_layers = together.weights(self.run, self._whole(number, dy), dy, "backward")
+            whole = self._whole(number, dy)
+            of_layers = together.weights(stack, self.run.packing, whole, dy, "backward")
             if of_layers:
                 dy = together.backward(self.run, self.gradients, number, of_layers, dy)
-            elif (below := self._layer_bwd(number, dy, residual)) is not None:
-                dy, residual = below
             else:
-                return None
+                dy = dy if self.run.casts else dy.to(stack.dtype)
+                below = self._layer_bwd(number, dy, residual)
+                if below is None:
+                    return None
+                dy, residual = below
             number -= len(of_layers) or 1
         if stack.entry is not None:
             return self._enter_bwd(stack.entry, dy, residual)

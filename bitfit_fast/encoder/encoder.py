@@ -17,6 +17,7 @@ from ..errors import BitFitError
 from ..models.families import StackRow
 from ..modules import LayerNorm
 from ..packing import Packing
+from . import together
 from .depth import INPUT
 from .embeddings import Dropout, Onward, waiting_tables
 from .operation import run_stack
@@ -129,7 +130,7 @@ class Encoder:
         if p or any(self.rates):
             self.seeds = new_seeds(self.stack, packing.device)
         norm, tables = self._embedding_norm() if knows else None, waiting_tables(self.embeddings)
-        onward = Onward(self.stack.dtype)
+        onward = Onward(together.rows_dtype(self.stack, packing))
         told: list[tuple[Any, str, Any]] = [(table, "_onward", onward) for table in tables]
         if p and self.seeds is not None:
             onward.p, onward.seed = p, seed_at(self.seeds, INPUT)

@@ -31,7 +31,7 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
     run : Run
         New.
     x : Tensor
-        `[T, d]`, in the dtype of the stack.
+        `[T, d]`; those of `together.rows_dtype` need no cast.
 
     Returns
     -------
@@ -39,16 +39,19 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
         `[T, d]`, or `[B, d]` where the last layer computes first tokens only.
     """
     stack, last = run.stack, len(run.stack.layers) - 1
-    residual, y = x, x
+    residual = y = x.to(stack.dtype) if stack.pre_norm or stack.recomputes else x
     if stack.entry is not None:
-        y = _enter(run, stack.entry, x)
+        y = _enter(run, stack.entry, y)
     elif stack.memory == "lowest":
-        run.keep(x)
+        run.keep(y)
     number = 0
     while number <= last:
-        if of_layers := together.weights(run, range(number, last + 1), y, "forward"):
+        left = range(number, last + 1)
+        if of_layers := together.weights(stack, run.packing, left, y, "forward"):
             y = residual = together.forward(run, number, of_layers, y)
         else:
+            if y.dtype != stack.dtype:  # before layers one by one, or behind some together
+                y = residual = y.to(stack.dtype)
             y, residual = _layer(run, number, y, residual)
         number += len(of_layers) or 1
     return y

@@ -90,7 +90,7 @@ class _Layers(torch.autograd.Function):
         stack, packing, score_bias, sinks, dtype, overwrites, grad, rates, seeds = given
         keeps = grad and any(ctx.needs_input_grad)
         run = Run(stack, packing, score_bias, biases, dtype, keeps, rates, seeds)
-        out = forward_pass(run, x.to(stack.dtype))
+        out = forward_pass(run, x)
         if keeps:
             ctx.run, ctx.dtype, ctx.embedding_beta = run, x.dtype, embedding_beta
             ctx.sinks, ctx.overwrites = sinks, overwrites
@@ -109,7 +109,6 @@ class _Layers(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.maybe_clear_saved_tensors()
         with torch.autocast(dy.device.type, enabled=False):
-            dy = dy if run.casts else dy.to(run.stack.dtype)
             gradients = Gradients(
                 run.biases, needs, ctx.embedding_beta if needs_embedding_beta else None,
                 ctx.sinks, ctx.overwrites, dy, run.stack.recomputes,

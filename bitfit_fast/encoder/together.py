@@ -1,6 +1,7 @@
 """Layers that run in one call, where a CPU has a kernel for every part of them.
 
-What they keep, and the sums that they give, are those of the parts one by one.
+What they keep, and the sums that they give, are those of the parts one by one, but that what goes
+from layer to layer, and its gradient, is never rounded to bf16.
 """
 
 from __future__ import annotations
@@ -8,34 +9,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels import layers as kernel
+from ..packing import Packing
 from .attention import takes_tiles
 from .depth import QKV, place
 from .gradients import Gradients
 from .run import Run
-from .stack import KEY, QUERY, ROLES, UP, VALUE
+from .stack import KEY, QUERY, ROLES, UP, VALUE, Stack
 
-__all__ = ["backward", "forward", "weights"]
+__all__ = ["backward", "forward", "rows_dtype", "weights"]
 
 
-def weights(run: Run, numbers: Iterable[int], x: Tensor, which: str) -> list[tuple[Any, ...]]:
+def rows_dtype(stack: Stack, packing: Packing) -> torch.dtype:
+    """Return in which dtype the first layer takes the rows of a batch packed like this."""
+    first = weights(stack, packing, [0], stack.layers[0].qkv.weight, "forward")
+    return torch.float32 if first else stack.dtype
+
+
+def weights(
+    stack: Stack, packing: Packing, numbers: Iterable[int], x: Tensor, which: str
+) -> list[tuple[Any, ...]]:
     """Return the weights of as many of these layers, from the first on, as one call can run.
 
     Parameters
     ----------
-    run : Run
+    stack : Stack
         What they belong to.
+    packing : Packing
+        Where the sequences lie.
     numbers : iterable of int
         Of the layers.
     x : Tensor
-        What the first one is given.
+        What the first one is given, or a tensor of its kind.
     which : str
         The `forward` or the `backward` pass.
     """
-    stack, found, act = run.stack, [], ""
-    if not takes_tiles(x, stack.width // stack.heads, run.packing):
+    found, act = [], ""
+    if not takes_tiles(x, stack.width // stack.heads, packing):
         return []
     for number in numbers:
         of_layer = stack.whole_weights(number, which)
@@ -73,7 +86,9 @@ def forward(run: Run, first: int, of_layers: list[tuple[Any, ...]], x: Tensor) -
     stack = run.stack
     layers = _layers(run, range(first, first + len(of_layers)), of_layers, backward=False)
     act, few_bits = stack.layers[first].act, stack.memory == "low"
-    y, kept = kernel.layers_fwd(x.contiguous(), layers, _heads(run), act, few_bits, run.keeps)
+    y, kept = kernel.layers_fwd(
+        x.float().contiguous(), layers, _heads(run), act, stack.dtype, few_bits, run.keeps
+    )
     for q, qkv, hat, rstd, slope, end_hat, end_rstd in kept:
         projected = (qkv,) if q is None else (q, qkv)
         run.keep(*projected, hat, None, rstd, slope, end_hat, None, end_rstd)
@@ -95,7 +110,8 @@ def backward(
         indices.append((*ends, at + QUERY, at + KEY, at + VALUE))
     needs = [[gradients.needed(index) for index in of_layer] for of_layer in indices]
     act = run.stack.layers[first].act
-    dx, found = kernel.layers_bwd(dy.contiguous(), layers, _heads(run), act, kept, needs)
+    dy = dy.float().contiguous()
+    dx, found = kernel.layers_bwd(dy, layers, _heads(run), act, kept, needs)
     for of_layer, gradients_of_layer in zip(indices, found):
         for index, gradient in zip(of_layer, gradients_of_layer):
             if gradient is not None:
