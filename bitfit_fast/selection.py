@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 from rich.console import Console
@@ -234,7 +235,10 @@ def parse_terms(terms: str | Iterable[str]) -> tuple[str, ...] | None:
     BitFitError
         If nothing is named, or something beside `"all"`.
     """
-    words = re.split(r"[,+\s]+", terms) if isinstance(terms, str) else list(terms)
+    given = terms if isinstance(terms, Iterable) else (terms,)
+    words = re.split(r"[,+\s]+", terms) if isinstance(terms, str) else list(given)
+    if not all(isinstance(word, str) for word in words):
+        raise BitFitError(f"terms {terms!r} are not text like 'query,intermediate', or several")
     words = [w.strip().lower() for w in words if w.strip()]
     if not words:
         raise BitFitError("no terms given; use 'all' or some of " + listed(PAPER_TERMS))
@@ -245,20 +249,23 @@ def parse_terms(terms: str | Iterable[str]) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(ALIASES.get(word, word) for word in words))
 
 
-def parse_layers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
+def parse_layers(layers: str | int | Iterable[int] | None) -> tuple[int, ...] | None:
     """Read a choice of layers such as `"0-5,11"`; None stands for all of them.
 
     Raises
     ------
     BitFitError
-        If the text is not made of numbers and ranges, or no layer is named.
+        If it is not made of numbers and ranges, or no layer is named.
     """
     if layers is None:
         return None
     if not isinstance(layers, str):
-        if not layers:
+        numbers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        if not numbers:
             raise BitFitError("no layers given; leave layers out for all of them")
-        return tuple(dict.fromkeys(layers))
+        if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers):
+            raise BitFitError(f"layers {layers!r} are not numbers of layers, or text like 0-5,11")
+        return tuple(dict.fromkeys(map(int, numbers)))
     chosen: list[int] = []
     for part in layers.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -368,7 +375,7 @@ def _train_only(
 def select(
     model: nn.Module,
     terms: str | Iterable[str] = "all",
-    layers: str | Sequence[int] | None = None,
+    layers: str | int | Iterable[int] | None = None,
     head: bool | Sequence[str] = True,
 ) -> Selection:
     """Let the chosen biases and the head train, and freeze everything else.
@@ -386,7 +393,7 @@ def select(
         `query`, `key`, `value`, `attention-output` (m1), `attention-layernorm` (LN1),
         `intermediate` (m2), `output` (m3), `output-layernorm` (LN2),
         `embedding-layernorm`, `pooler`, and what else the model's family has.
-    layers : str or sequence of int, optional
+    layers : str, int or iterable of int, optional
         Encoder layers, as `"0-5,11"` or numbers from 0. With a choice of layers, biases
         outside of the layers (embedding, pooler) train only where `terms` names them.
     head : bool or sequence of str

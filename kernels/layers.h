@@ -47,7 +47,9 @@ struct Through {
     int64_t width() const { return heads * size; }
 
     // What a layer gives, of those that are left: the last one gives y.
-    float* out_of(int64_t left) const { return left == 1 ? y : spare + left % 2 * tokens * width(); }
+    float* out_of(int64_t left) const {
+        return left == 1 ? y : spare + left % 2 * tokens * width();
+    }
 
     // Attention where a token's keys are `stride` numbers behind those of the one before.
     Attention attention(bool of_first, int64_t stride) const {

@@ -166,6 +166,8 @@ def test_terms_are_read(text, expected):
         ([3, 1], (3, 1)),
         ((1, 1), (1,)),
         (range(2), (0, 1)),
+        (0, (0,)),
+        (iter([2, 0]), (2, 0)),
     ],
 )
 def test_layers_are_read(text, expected):
@@ -177,6 +179,24 @@ def test_malformed_layers_are_refused(tiny, text):
     with pytest.raises(BitFitError, match=r"^layers '.*' is not a list of .* like 0-5,11$") as info:
         select(tiny, layers=text)
     assert f"'{text}'" in str(info.value)
+
+
+@pytest.mark.parametrize("layers", [1.5, True, ["1"], [None], object()])
+def test_layers_that_are_no_numbers_are_refused(tiny, layers):
+    with pytest.raises(BitFitError, match=r"^layers .* are not numbers of layers"):
+        select(tiny, layers=layers)
+
+
+@pytest.mark.parametrize("layers", [-1, 4, [0, -1]])
+def test_layers_that_are_not_there_are_refused(tiny, layers):
+    with pytest.raises(BitFitError, match=r"is out of range: .* has layers 0-3"):
+        select(tiny, layers=layers)
+
+
+@pytest.mark.parametrize("terms", [None, 3, ["query", 1]])
+def test_terms_that_are_no_text_are_refused(tiny, terms):
+    with pytest.raises(BitFitError, match=r"^terms .* are not text like"):
+        select(tiny, terms)
 
 
 def test_a_term_by_name_and_by_symbol_is_the_same(tiny):

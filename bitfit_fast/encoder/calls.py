@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,20 +50,19 @@ def _takes_more(forward: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def base_class(base: nn.Module) -> Any:
+def base_class(kind: type[nn.Module]) -> Any:
     """Return the class of a base model that takes the padding out of its input."""
-    return _subclass(_Base, type(base))
+    return _subclass(_Base, kind, base_class)
 
 
-def container_class(container: nn.Module) -> Any:
+def container_class(kind: type[nn.Module]) -> Any:
     """Return the class of the module that runs the layers, which runs the stack instead."""
-    mixin = _List if isinstance(container, nn.ModuleList) else _Container
-    return _subclass(mixin, type(container))
+    mixin = _List if issubclass(kind, nn.ModuleList) else _Container
+    return _subclass(mixin, kind, container_class)
 
 
-def head_class(model: nn.Module) -> Any:
+def head_class(kind: type[nn.Module]) -> Any:
     """Return the class of a whole model that says when its base model is called by its head."""
-    kind: Any = type(model)
 
     # its signature is read: which columns of a data set it takes, and whether more
     @functools.wraps(kind.forward)
@@ -77,14 +76,26 @@ def head_class(model: nn.Module) -> Any:
         finally:
             encoder.in_head = before
 
-    return _subclass(type("_Head", (), {"forward": forward}), kind)
+    return _subclass(type("_Head", (), {"forward": forward}), kind, head_class)
 
 
-def _subclass(mixin: type, kind: type[nn.Module]) -> Any:
+def _subclass(mixin: type, kind: type[nn.Module], maker: Callable[..., Any]) -> Any:
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # by its name, the class of the model would be found instead
+        return _instance, (maker, kind), *kind.__reduce_ex__(self, protocol)[2:]
+
     # transformers looks up by the class's full name which inner states it can return
     names = ("__module__", "__qualname__", "__doc__")
-    fields = {"_replaces": kind, **{name: getattr(kind, name) for name in names}}
-    return type(kind.__name__, (mixin, kind), fields)
+    fields = {"_replaces": kind, "__reduce_ex__": reduced}
+    fields |= {name: getattr(kind, name) for name in names}
+    made = type(kind.__name__, (mixin, kind), fields)
+    return made
+
+
+def _instance(maker: Callable[..., Any], kind: type[nn.Module]) -> Any:
+    """Return an empty module of a patched class, which a copy or a pickle is made in."""
+    made = maker(kind)
+    return made.__new__(made)
 
 
 class _Base:

@@ -113,10 +113,10 @@ def install(
         reads_padding=reads_padding,
     )
     container = base.get_submodule(row.container)
-    subclasses = [(base, base_class(base)), (container, container_class(container))]
+    subclasses = [(base, base_class(type(base))), (container, container_class(type(container)))]
     if first_only and model is not base:
         encoder.in_head = False
-        subclasses.append((model, head_class(model)))
+        subclasses.append((model, head_class(type(model))))
     # all that could fail is done: until here the model is as it was
     for weight, part in found.parts:
         weight.data = part

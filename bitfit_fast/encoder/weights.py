@@ -37,6 +37,11 @@ class Weights:
         """Return those of a copied model."""
         return Weights(copy.deepcopy(self._named, memo), copy.deepcopy(self._owners, memo))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take weights that were pickled and lie elsewhere now."""
+        vars(self).update(state)
+        self.mark()
+
     def mark(self) -> None:
         """Take the weights as they are now for unchanged."""
         self._marks = [_mark(weight) for weight in self._named.values()]

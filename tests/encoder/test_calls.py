@@ -1,6 +1,8 @@
 """However a patched model is called, it returns what it returned before."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -225,13 +227,25 @@ def test_gradient_checkpointing_may_be_on(family, reentrant, case, measure, as_e
     as_exact(measure(each.model, each.inputs), each.fp32, each.exact)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "vit"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_copy_is_a_model_of_its_own(family, precision, patched, batch, measure):
+def test_a_copy_is_a_model_of_its_own(family, precision, copied, patched, batch, measure):
     model = patched(family, precision=precision)
     inputs = batch(model)
     found = measure(model, inputs)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
