@@ -427,10 +427,11 @@ class ArenaAdamW(torch.optim.AdamW):
         _refuse_amsgrad(state_dict["param_groups"])
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
+        others = "the optimizer's state is of other parameters than those that train: "
+        if len(saved) != len(parameters):
+            raise BitFitError(f"{others}{len(saved)}, and {len(parameters)} train")
         for index, parameter in zip(saved, parameters):
             shape = tuple(state_dict["state"].get(index, {}).get("exp_avg", parameter).shape)
             if shape != tuple(parameter.shape):
-                raise BitFitError(
-                    f"the state of {self._names[parameter]} has shape {shape} and the parameter "
-                    f"{tuple(parameter.shape)}"
-                )
+                name, own = self._names[parameter], tuple(parameter.shape)
+                raise BitFitError(f"{others}that of {name} has shape {shape}, and it {own}")

@@ -25,7 +25,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    prefix = f".{path.stem}-"
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+    except OSError as error:
+        error.filename = str(path)  # the other name says nothing to anybody
+        raise
     os.close(handle)
     temporary = Path(name)
     try:

@@ -477,13 +477,17 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes():
     before = copy.deepcopy(optimizer.state_dict())
     odd = copy.deepcopy(before)
     odd["state"][0]["exp_avg"] = torch.ones(1)
-    with pytest.raises(BitFitError, match=r"state of c has shape \(1,\) and the parameter \(3, 5"):
+    with pytest.raises(BitFitError, match=r"that of c has shape \(1,\), and it \(3, 5"):
         optimizer.load_state_dict(odd)
     amsgrad = torch.optim.AdamW(pytorch_groups(parameters()), amsgrad=True)
     with pytest.raises(BitFitError, match="amsgrad"):
         optimizer.load_state_dict(amsgrad.state_dict())
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    fewer = len(before["param_groups"][0]["params"])
+    with pytest.raises(BitFitError, match=rf"other .* train: {fewer}, and {len(SHAPES)} train$"):
         optimizer.load_state_dict({**before, "param_groups": before["param_groups"][:1]})
+    empty = {**before["param_groups"][0], "params": []}
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({**before, "param_groups": [*before["param_groups"], empty]})
     for index, entry in optimizer.state_dict()["state"].items():
         assert all(torch.equal(entry[key], before["state"][index][key]) for key in entry)
 

@@ -54,6 +54,17 @@ def test_the_temporary_file_lies_beside_and_has_the_same_ending(tmp_path):
     assert temporary.name.startswith(".")
 
 
+def test_a_folder_that_takes_no_file_is_told_with_the_files_own_name(tmp_path, monkeypatch):
+    def refuse(dir, prefix, suffix):
+        raise PermissionError(13, "Permission denied", f"{dir}/{prefix}x7a{suffix}")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    path = tmp_path / "scores.txt"
+    with pytest.raises(PermissionError) as caught:
+        write_text(path, "new")
+    assert str(caught.value) == f"[Errno 13] Permission denied: '{path}'"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("old", ["old", None])
 def test_a_writer_that_raises_leaves_the_old_file_and_no_other(error, old, tmp_path):

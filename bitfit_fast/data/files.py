@@ -14,13 +14,19 @@ from ..errors import BitFitError, listed
 from .labels import class_index, score
 from .task import Split, TaskData
 
-__all__ = ["json_rows", "load_files", "text_lines", "tsv_cells"]
+__all__ = ["check_file", "json_rows", "load_files", "text_lines", "tsv_cells"]
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its columns
 Cells = tuple[str, list[str]]
 
 #: The `csv` module stops at 131072 characters, and an unclosed quote should get a better message.
 _LONGEST_FIELD = 2**31 - 1
+
+
+def check_file(path: Path, what: str = "file") -> None:
+    """Raise BitFitError where there is no file."""
+    if not path.is_file():
+        raise BitFitError(f"the {what} {path} is {'a folder' if path.is_dir() else 'missing'}")
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -33,8 +39,7 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     BitFitError
         If the file is missing; at the first line that is not UTF-8.
     """
-    if not path.is_file():
-        raise BitFitError(f"the file {path} is missing")
+    check_file(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -203,8 +208,7 @@ def load_files(
 def _read(
     path: Path, text_columns: Sequence[str], label_column: str | None, split: str
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, str]] | None]:
-    if not path.is_file():
-        raise BitFitError(f"the {split} file {path} is missing")
+    check_file(path, f"{split} file")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise BitFitError(
@@ -230,6 +234,9 @@ def _read(
             labels.append((where, _cell(row, label_column, where)))
     if not texts:
         raise BitFitError(f"the {split} file {path} has no examples")
+    for column, of_column in zip(text_columns, zip(*texts)):
+        if not any(map(str.strip, of_column)):
+            raise BitFitError(f"the {split} file {path} has no text in column '{column}'")
     return texts, labels or None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import BitFitError, BitFitWarning, listed
-from .files import json_rows
+from .files import check_file, json_rows
 from .task import Split, TaskData
 
 __all__ = ["HUB_REPOSITORY", "SHARE", "is_span_file", "load_span_files", "load_squad"]
@@ -152,8 +152,7 @@ def load_span_files(files: dict[str, Path], labelled: bool = True) -> TaskData:
         said to be; names the place.
     """
     for split, path in files.items():
-        if not path.is_file():
-            raise BitFitError(f"the {split} file {path} is missing")
+        check_file(path, f"{split} file")
     questions = {split: _read(path, labelled) for split, path in files.items()}
     return _task("files", questions, labelled)
 
@@ -172,8 +171,7 @@ def _task(name: str, questions: dict[str, list[_Question]], labelled: bool = Tru
 
 
 def _read(path: Path, labelled: bool = True) -> list[_Question]:
-    if not path.is_file():
-        raise BitFitError(f"the file {path} is missing")
+    check_file(path)
     with path.open("rb") as file:
         whole = _BEGINNING.match(file.read(2000).decode("utf-8-sig", errors="replace"))
     read = _squad_questions if whole else _line_questions

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import BitFitError, BitFitWarning, listed
-from .files import text_lines
+from .files import check_file, text_lines
 from .task import Split, TaskData
 
 __all__ = ["ENDINGS", "HUB_CONFIG", "HUB_REPOSITORY", "UNTAGGED", "load_pos", "load_tag_files"]
@@ -156,8 +156,7 @@ def _task(
 
 
 def _read(path: Path, split: str, labelled: bool) -> list[Sentence]:
-    if not path.is_file():
-        raise BitFitError(f"the {split} file {path} is missing")
+    check_file(path, f"{split} file")
     words = ENDINGS.get(path.suffix.lower())
     if words is None:
         raise BitFitError(

@@ -130,7 +130,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, valid, ranges in (
             ("lr", lambda v: 0 < v <= 100, "above 0 and at most 100"),
-            ("epochs", lambda v: 0 < v < math.inf, "above 0"),
+            ("epochs", lambda v: 0 < v < math.inf, "above 0 and finite"),
             ("max_steps", lambda v: v >= 1, "at least 1"),
             ("batch_size", lambda v: v >= 1, "at least 1"),
             ("max_length", lambda v: v >= 8, "at least 8"),
@@ -143,7 +143,7 @@ class Settings:
             ("memory", lambda v: v in MEMORY, f"one of {listed(MEMORY)}"),
             ("train_fraction", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("train_examples", lambda v: v >= 1, "at least 1"),
-            ("grad_clip", lambda v: 0 <= v < math.inf, "at least 0"),
+            ("grad_clip", lambda v: 0 <= v < math.inf, "at least 0 and finite"),
             ("eval_every", lambda v: v >= 1, "at least 1"),
             ("patience", lambda v: v >= 1, "at least 1"),
             ("token_budget", lambda v: v and min(v) >= 1, "numbers of at least 1"),

@@ -304,6 +304,8 @@ def test_a_missing_file_is_named(split, tmp_path):
     files = {"train": save(tmp_path / "train.csv", ROWS)}
     files[split] = tmp_path / "nowhere.csv"
     assert fails(**files) == f"the {split} file {tmp_path / 'nowhere.csv'} is missing"
+    files[split] = tmp_path
+    assert fails(**files) == f"the {split} file {tmp_path} is a folder"
 
 
 @pytest.mark.parametrize("name", ["train.txt", "train.xlsx", "train", "train.csv.gz"])
@@ -322,6 +324,15 @@ def test_an_empty_file_has_no_examples(ending, content, tmp_path):
     path = tmp_path / f"train.{ending}"
     path.write_text(content, encoding="utf-8")
     assert str(path) in fails(train=path)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_column_without_any_text_is_refused(ending, tmp_path):
+    rows = [{"a": f"text {i}", "b": " " * (i % 2), "label": i % 2} for i in range(4)]
+    path = save(tmp_path / f"train.{ending}", rows)
+    assert fails(("a", "b"), train=path) == f"the train file {path} has no text in column 'b'"
+    rows[2]["b"] = "some"
+    load(("a", "b"), train=save(path, rows))
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])
