@@ -50,18 +50,18 @@ def _takes_more(forward: Any) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def base_class(kind: type[nn.Module]) -> Any:
+def base_class(kind: Any) -> Any:
     """Return the class of a base model that takes the padding out of its input."""
     return _subclass(_Base, kind, base_class)
 
 
-def container_class(kind: type[nn.Module]) -> Any:
+def container_class(kind: Any) -> Any:
     """Return the class of the module that runs the layers, which runs the stack instead."""
     mixin = _List if issubclass(kind, nn.ModuleList) else _Container
     return _subclass(mixin, kind, container_class)
 
 
-def head_class(kind: type[nn.Module]) -> Any:
+def head_class(kind: Any) -> Any:
     """Return the class of a whole model that says when its base model is called by its head."""
 
     # its signature is read: which columns of a data set it takes, and whether more
@@ -79,7 +79,14 @@ def head_class(kind: type[nn.Module]) -> Any:
     return _subclass(type("_Head", (), {"forward": forward}), kind, head_class)
 
 
+#: Patched classes by what makes them, and of which class: those of copies are the same.
+_MADE: dict[tuple[Any, Any], Any] = {}
+
+
 def _subclass(mixin: type, kind: type[nn.Module], maker: Callable[..., Any]) -> Any:
+    if (maker, kind) in _MADE:
+        return _MADE[maker, kind]
+
     def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
         # by its name, the class of the model would be found instead
         return _instance, (maker, kind), *kind.__reduce_ex__(self, protocol)[2:]
@@ -88,8 +95,7 @@ def _subclass(mixin: type, kind: type[nn.Module], maker: Callable[..., Any]) -> 
     names = ("__module__", "__qualname__", "__doc__")
     fields = {"_replaces": kind, "__reduce_ex__": reduced}
     fields |= {name: getattr(kind, name) for name in names}
-    made = type(kind.__name__, (mixin, kind), fields)
-    return made
+    return _MADE.setdefault((maker, kind), type(kind.__name__, (mixin, kind), fields))
 
 
 def _instance(maker: Callable[..., Any], kind: type[nn.Module]) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,13 +87,10 @@ class Encoder:
     fixed: tuple[Packing, dict[str, Tensor]] | None = None
     in_head: bool | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
-        """Return what a copied model runs, whose gradients are its own."""
-        made = memo[id(self)] = copy.copy(self)
-        for each in fields(self):
-            setattr(made, each.name, copy.deepcopy(getattr(self, each.name), memo))
-        made.sinks = None
-        return made
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copied model runs, whose gradients are its own, between two batches."""
+        of_a_batch = dict.fromkeys(("packing", "beta", "rates", "seeds", "dtype", "fixed"))
+        return {**vars(self), **of_a_batch, "sinks": None, "overwrites": False}
 
     def write_to(self, arena: Arena | None) -> None:
         """Add gradients where an arena has them, from now on; None hands them to autograd.

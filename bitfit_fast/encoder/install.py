@@ -51,8 +51,9 @@ def install(
     model : nn.Module
         Of a family with a row for it, with frozen weights.
     precision : str
-        `fp32`, or `bf16`: a copy of the layers' weights in bf16 is made once, and everything
-        between embeddings and head is computed in it.
+        `fp32`, or `bf16`: a copy of the layers' weights in bf16 is made once, and products
+        between embeddings and head are computed in it, with what is kept of them. What goes from
+        layer to layer is in it, too, except where a CPU runs layers in one call.
     memory : str
         One of `MEMORY`.
     first_only : bool, optional

@@ -56,8 +56,7 @@ class Product:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self._onednn = fp32 and _prefers_onednn()
+        self._onednn = self._takes_onednn()
         #: For our own kernels: the weight as they take it in the forward and the backward pass,
         #: None where others are as fast.
         self._packed: dict[str, Any] = {}
@@ -69,6 +68,15 @@ class Product:
     def __getstate__(self) -> dict[str, Any]:
         # a copy packs its own weight when it first multiplies
         return {**self.__dict__, "_packed": {}, "_ordered": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # which may have come from another machine, or to another device
+        self._onednn = self._takes_onednn()
+
+    def _takes_onednn(self) -> bool:
+        fp32 = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        return fp32 and _prefers_onednn()
 
     def packed(self, rows: Tensor, which: str) -> Any:
         """Return the weight as our own kernels for CPUs take it, or None where others multiply.

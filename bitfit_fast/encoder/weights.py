@@ -13,6 +13,9 @@ from ..errors import BitFitError
 
 __all__ = ["Weights"]
 
+#: The mark of a weight that was changed before it was copied.
+_CHANGED = -1, -1
+
 
 class Weights:
     """Weights that must not change.
@@ -35,12 +38,22 @@ class Weights:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
         """Return those of a copied model."""
-        return Weights(copy.deepcopy(self._named, memo), copy.deepcopy(self._owners, memo))
+        made = Weights(copy.deepcopy(self._named, memo), copy.deepcopy(self._owners, memo))
+        made._mark_like(self._sums)
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take weights that were pickled and lie elsewhere now."""
         vars(self).update(state)
-        self.mark()
+        self._mark_like(self._sums)
+
+    def _mark_like(self, sums: Sequence[Tensor]) -> None:
+        """Take those of a copy for unchanged that have these sums."""
+        weights = [*self._named.values()]
+        self._sums = [_sums(weight) for weight in weights]
+        # another device may add in another order
+        same = [torch.allclose(new, old.to(new), 1e-9, 1e-9) for new, old in zip(self._sums, sums)]
+        self._marks = [_mark(w) if as_was else _CHANGED for w, as_was in zip(weights, same)]
 
     def mark(self) -> None:
         """Take the weights as they are now for unchanged."""

@@ -333,6 +333,9 @@ def test_a_column_without_any_text_is_refused(ending, tmp_path):
     assert fails(("a", "b"), train=path) == f"the train file {path} has no text in column 'b'"
     rows[2]["b"] = "some"
     load(("a", "b"), train=save(path, rows))
+    # one may still ask what a model says of none
+    other = save(tmp_path / f"test.{ending}", rows[:2])
+    assert load(("a", "b"), train=path, test=other).splits["test"].texts[1] == ("text 1", " ")
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "parquet"])

@@ -10,6 +10,7 @@ import transformers
 
 import bitfit_fast
 from bitfit_fast import patch_encoder, select, unpatch
+from bitfit_fast.arena import Arena
 from bitfit_fast.encoder.run import Run
 
 TOKEN = "ForTokenClassification"
@@ -245,7 +246,11 @@ def test_a_copy_is_a_model_of_its_own(family, precision, copied, patched, batch,
     model = patched(family, precision=precision)
     inputs = batch(model)
     found = measure(model, inputs)
+    encoder = bitfit_fast.encoder.encoder_of(model)
+    encoder.write_to(Arena({n: p for n, p in model.named_parameters() if p.requires_grad}))
     twin = copied(model)
+    encoder.write_to(None)
+    assert type(twin) is type(model) and type(twin.base_model) is type(model.base_model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -258,8 +263,17 @@ def test_a_copy_is_a_model_of_its_own(family, precision, copied, patched, batch,
     unpatch(twin)
     assert bitfit_fast.encoder.encoder_of(twin) is None
     assert bitfit_fast.encoder.encoder_of(model) is not None
-    assert type(twin).__mro__[1] is not type(model)
+    assert type(twin.base_model) is not type(model.base_model)
     model(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+def test_a_copy_is_refused_where_a_weight_was_changed_before(copied, patched, batch):
+    model = patched("bert", precision="bf16")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.weight.mul_(1.5)
+    with pytest.raises(bitfit_fast.BitFitError, match=r"dense\.weight was changed"):
+        copied(model)(**batch(model))
 
 
 def test_a_retained_graph_gives_the_same_gradients_again(patched, batch, memory, backend):
