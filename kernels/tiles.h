@@ -304,7 +304,7 @@ inline int64_t end_bytes(int64_t width, int64_t slice) {
 // y = LN(s + dropout(act(s W_up + b_up) W_down + b)), where s = LN(x + dropout(o W_out + b)): what
 // a post-norm layer does behind attention, whose heads gave `o`, some rows at a time. What goes on
 // from junction to junction is in fp32 inside of the layer, and of type R outside: to round it to
-// bf16 costs more of the gradients' precision than all other rounding does.
+// bf16 would cost as much of the gradients' precision as all other rounding does.
 template <class Act, class X, class R>
 void layer_end(const X* o, const R* x, const Weight& out, const Junction<X>& middle,
                const Weight& up, const float* b, const Slopes& slopes, const Weight& down,
