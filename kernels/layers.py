@@ -116,13 +116,20 @@ def _struct(layer: Layer, q: Tensor | None, qkv: Tensor, kept: Any, act: str) ->
 
 
 def _run(
-    which: str, structs: Sequence[_Layer], act: str, heads: Heads, qkv: Tensor, x: Tensor, y: Tensor
+    which: str,
+    structs: Sequence[_Layer],
+    act: str,
+    heads: Heads,
+    tokens: int,
+    dtype: torch.dtype,
+    x: Tensor,
+    y: Tensor,
 ) -> None:
-    """Run layers that take contiguous x and give y, with q, k and v like these."""
-    tokens, width, first_tokens = len(qkv), x.shape[1], heads.first_tokens
+    """Run layers of some dtype, which take contiguous x and give y, both in fp32."""
+    width, first_tokens = x.shape[1], heads.first_tokens
     size, bias, backward = width // heads.count, heads.bias, which == "layers_bwd"
     # o and dqkv, and what goes from layer to layer, with rows of first tokens behind it
-    o = qkv.new_empty((1 + 3 * backward) * tokens, width)
+    o = x.new_empty((1 + 3 * backward) * tokens, width, dtype=dtype)
     spare = x.new_empty(2 * tokens + first_tokens, width)
     strides = (0, 0) if bias is None else bias.stride()[:2]
     through = _Through(
@@ -135,7 +142,7 @@ def _run(
     layers = (_Layer * len(structs))(*structs)
     addresses = [ctypes.addressof(layers), ctypes.addressof(through)]
     addresses += [o[tokens:].data_ptr()] * backward
-    library.call(which, library.DTYPES[qkv.dtype], library.ACTS[act], *addresses)
+    library.call(which, library.DTYPES[dtype], library.ACTS[act], *addresses)
 
 
 def layers_fwd(
@@ -177,23 +184,20 @@ def layers_fwd(
     structs, rows = [], tokens
     # what is not kept, layers use one after the other
     shared = None if keeps else x.new_empty(tokens, 3 * width, dtype=dtype)
-    qkv = shared
     for layer in layers:
         q = None
         if layer.q is not None:
             rows = heads.first_tokens
             q = x.new_empty(rows, width, dtype=dtype)
-        if shared is None:
-            qkv = x.new_empty(tokens, layer.weights[0].columns, dtype=dtype)
-        assert qkv is not None
+        columns = layer.weights[0].columns
+        qkv = x.new_empty(tokens, columns, dtype=dtype) if shared is None else shared
         if keeps:
             hats, rstds = qkv.new_empty(2, rows, width), x.new_empty(2, rows)
             slope = _room_for_slopes(hats[0], layer.weights[2].columns, few_bits)
             kept.append((q, qkv, hats[0], rstds[0], slope, hats[1], rstds[1]))
         structs.append(_struct(layer, q, qkv, kept[-1][2:] if keeps else None, act))
-    assert qkv is not None
     y = x.new_empty(rows, width)
-    _run("layers_fwd", structs, act, heads, qkv, x, y)
+    _run("layers_fwd", structs, act, heads, tokens, dtype, x, y)
     return y, kept
 
 
@@ -242,5 +246,5 @@ def layers_bwd(
         sums.append(found)
     qkv = kept[0][1]
     dx = dy.new_empty(len(qkv), width)
-    _run("layers_bwd", structs, act, heads, qkv, dy, dx)
+    _run("layers_bwd", structs, act, heads, len(qkv), qkv.dtype, dy, dx)
     return dx, sums

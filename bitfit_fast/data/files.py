@@ -234,8 +234,8 @@ def _read(
             labels.append((where, _cell(row, label_column, where)))
     if not texts:
         raise BitFitError(f"the {split} file {path} has no examples")
-    for column, of_column in zip(text_columns, zip(*texts)):
-        if split == "train" and not any(map(str.strip, of_column)):
+    for column, of_column in zip(text_columns, zip(*texts) if split == "train" else ()):
+        if not any(map(str.strip, of_column)):
             raise BitFitError(f"the {split} file {path} has no text in column '{column}'")
     return texts, labels or None
 

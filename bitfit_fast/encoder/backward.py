@@ -60,7 +60,7 @@ class BackwardPass:
         number = last
         while number >= 0:
             whole = self._whole(number, dy)
-            of_layers = together.weights(stack, self.run.packing, whole, dy, "backward")
+            of_layers = together.weights(stack, self.run.packing, whole, "backward")
             if of_layers:
                 dy = together.backward(self.run, self.gradients, number, of_layers, dy)
             else:

@@ -88,9 +88,8 @@ class Encoder:
     in_head: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copied model runs, whose gradients are its own, between two batches."""
-        of_a_batch = dict.fromkeys(("packing", "beta", "rates", "seeds", "dtype", "fixed"))
-        return {**vars(self), **of_a_batch, "sinks": None, "overwrites": False}
+        """Return what a copied model runs, whose gradients are its own."""
+        return {**vars(self), "sinks": None}
 
     def write_to(self, arena: Arena | None) -> None:
         """Add gradients where an arena has them, from now on; None hands them to autograd.

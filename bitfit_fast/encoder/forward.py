@@ -31,7 +31,7 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
     run : Run
         New.
     x : Tensor
-        `[T, d]`; those of `together.rows_dtype` need no cast.
+        `[T, d]`, at best in `together.rows_dtype`.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
         `[T, d]`, or `[B, d]` where the last layer computes first tokens only.
     """
     stack, last = run.stack, len(run.stack.layers) - 1
-    residual = y = x.to(stack.dtype) if stack.pre_norm or stack.recomputes else x
+    residual = y = x.to(together.rows_dtype(stack, run.packing))
     if stack.entry is not None:
         y = _enter(run, stack.entry, y)
     elif stack.memory == "lowest":
@@ -47,10 +47,10 @@ def forward_pass(run: Run, x: Tensor) -> Tensor:
     number = 0
     while number <= last:
         left = range(number, last + 1)
-        if of_layers := together.weights(stack, run.packing, left, y, "forward"):
+        if of_layers := together.weights(stack, run.packing, left, "forward"):
             y = residual = together.forward(run, number, of_layers, y)
         else:
-            if y.dtype != stack.dtype:  # before layers one by one, or behind some together
+            if y.dtype != stack.dtype:  # behind some together
                 y = residual = y.to(stack.dtype)
             y, residual = _layer(run, number, y, residual)
         number += len(of_layers) or 1

@@ -78,11 +78,6 @@ def run_stack(
         return _Layers.apply(given, x, embedding_beta, *biases)
 
 
-def _taken(rows: Tensor, stack: Stack) -> Tensor:
-    """Return rows in a dtype in which some layer takes them: fp32, or that of the stack."""
-    return rows if rows.dtype == torch.float32 else rows.to(stack.dtype)
-
-
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,7 +90,7 @@ class _Layers(torch.autograd.Function):
         stack, packing, score_bias, sinks, dtype, overwrites, grad, rates, seeds = given
         keeps = grad and any(ctx.needs_input_grad)
         run = Run(stack, packing, score_bias, biases, dtype, keeps, rates, seeds)
-        out = forward_pass(run, _taken(x, stack))
+        out = forward_pass(run, x)
         if keeps:
             ctx.run, ctx.dtype, ctx.embedding_beta = run, x.dtype, embedding_beta
             ctx.sinks, ctx.overwrites = sinks, overwrites
@@ -114,7 +109,6 @@ class _Layers(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.maybe_clear_saved_tensors()
         with torch.autocast(dy.device.type, enabled=False):
-            dy = dy if run.casts else _taken(dy, run.stack)
             gradients = Gradients(
                 run.biases, needs, ctx.embedding_beta if needs_embedding_beta else None,
                 ctx.sinks, ctx.overwrites, dy, run.stack.recomputes,

@@ -25,12 +25,11 @@ __all__ = ["backward", "forward", "rows_dtype", "weights"]
 
 def rows_dtype(stack: Stack, packing: Packing) -> torch.dtype:
     """Return in which dtype the first layer takes the rows of a batch packed like this."""
-    first = weights(stack, packing, [0], stack.layers[0].qkv.weight, "forward")
-    return torch.float32 if first else stack.dtype
+    return torch.float32 if weights(stack, packing, [0], "forward") else stack.dtype
 
 
 def weights(
-    stack: Stack, packing: Packing, numbers: Iterable[int], x: Tensor, which: str
+    stack: Stack, packing: Packing, numbers: Iterable[int], which: str
 ) -> list[tuple[Any, ...]]:
     """Return the weights of as many of these layers, from the first on, as one call can run.
 
@@ -42,13 +41,11 @@ def weights(
         Where the sequences lie.
     numbers : iterable of int
         Of the layers.
-    x : Tensor
-        What the first one is given, or a tensor of its kind.
     which : str
         The `forward` or the `backward` pass.
     """
     found, act = [], ""
-    if not takes_tiles(x, stack.width // stack.heads, packing):
+    if not takes_tiles(stack.layers[0].qkv.weight, stack.width // stack.heads, packing):
         return []
     for number in numbers:
         of_layer = stack.whole_weights(number, which)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,23 +35,13 @@ class Weights:
         #: from one that changed
         self._sums = [_sums(weight) for weight in named.values()]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
-        """Return those of a copied model."""
-        made = Weights(copy.deepcopy(self._named, memo), copy.deepcopy(self._owners, memo))
-        made._mark_like(self._sums)
-        return made
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take weights that were pickled and lie elsewhere now."""
+        """Take those of a copied model for unchanged that have the sums that they had."""
         vars(self).update(state)
-        self._mark_like(self._sums)
-
-    def _mark_like(self, sums: Sequence[Tensor]) -> None:
-        """Take those of a copy for unchanged that have these sums."""
-        weights = [*self._named.values()]
+        weights, before = [*self._named.values()], self._sums
         self._sums = [_sums(weight) for weight in weights]
         # another device may add in another order
-        same = [torch.allclose(new, old.to(new), 1e-9, 1e-9) for new, old in zip(self._sums, sums)]
+        same = [torch.allclose(n, old.to(n), 1e-9, 1e-9) for n, old in zip(self._sums, before)]
         self._marks = [_mark(w) if as_was else _CHANGED for w, as_was in zip(weights, same)]
 
     def mark(self) -> None:
