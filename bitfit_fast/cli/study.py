@@ -70,7 +70,7 @@ def study(
             raise BitFitError(f"give the study {file} or options ({listed(given)}), not both")
         asked = read_study(file)
     else:
-        if output is None:
+        if output is None or not task or not method:
             raise BitFitError("give a study's file, or --output with --task and --method")
         asked = study_of_options(output.name, **options)
     output = output or Path("runs") / asked.name

@@ -119,8 +119,6 @@ class Study:
         Runs that several of them share are done once.
     keep : str
         Trained files to keep of finished runs: `all`, `small` (below 10 MB) or `none`.
-    source : str
-        File, for the report.
     """
 
     name: str
@@ -128,4 +126,3 @@ class Study:
     description: str
     grids: tuple[Grid, ...]
     keep: str
-    source: str

@@ -279,7 +279,6 @@ def _study(root: Item, name: str) -> Study:
         description=top["description"].text() if "description" in top else "",
         grids=grids,
         keep=top["keep"].one_of(_KEEP) if "keep" in top else "all",
-        source=root.source,
     )
 
 
@@ -321,4 +320,4 @@ def study_of_options(name: str, **options: Any) -> Study:
     """
     given = {key: value for key, value in options.items() if value not in (None, [], ())}
     text = yaml.safe_dump({"name": name, **given}, sort_keys=False)
-    return _study(compose(text, "options"), name)
+    return _study(compose(text, None), name)
