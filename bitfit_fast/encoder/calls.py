@@ -148,7 +148,8 @@ class _Base:
             packing = Packing.of_mask(mask)
         if packing is None or (encoder.reads_padding and packing.tokens < x.numel()):
             return forward(*args, **kwargs)
-        inputs.setdefault("position_ids", encoder.positions(x))
+        if "position_ids" not in inputs:
+            inputs["position_ids"] = encoder.positions(x, packing.longest)
         for key in ("position_ids", "token_type_ids"):
             if key in inputs:
                 inputs[key] = packing.pack(inputs[key].expand_as(x))[None]

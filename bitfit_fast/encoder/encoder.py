@@ -157,11 +157,26 @@ class Encoder:
         finally:
             self.fixed = None
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Return the `[B, S]` positions that the model would give to padded tokens."""
-        if self.row.positions == "index":
+    def positions(self, ids: Tensor, longest: int) -> Tensor:
+        """Return the `[B, S]` positions that the model would give to padded tokens.
+
+        Raises
+        ------
+        BitFitError
+            Where the `longest` sequence has more tokens than the model has positions.
+        """
+        table: Any = self.embeddings.position_embeddings
+        padding = -1
+        if self.row.positions == "padding":
+            padding = int(self.embeddings.padding_idx)  # type: ignore[arg-type]
+        rows = table.num_embeddings - padding - 1
+        if longest > rows:
+            raise BitFitError(
+                f"a sequence of {longest} tokens is longer than the model's {rows} positions; "
+                "cut it when it is tokenized (max_length)"
+            )
+        if padding < 0:
             return torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
-        padding = int(self.embeddings.padding_idx)  # type: ignore[arg-type]
         real = ids.ne(padding)
         return real.cumsum(1) * real + padding
 

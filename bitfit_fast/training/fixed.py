@@ -205,7 +205,7 @@ class _Inputs:
         for name in self.own:
             padded = batch.get(name)
             if padded is None:
-                padded = self.encoder.positions(ids)
+                padded = self.encoder.positions(ids, max(lengths))
             packed = padded.expand_as(ids).flatten().index_select(0, source)
             self._part(table, name).copy_(packed)
         if self._rides(batch):

@@ -265,3 +265,16 @@ def test_unknown_options(options, text, build):
 def test_another_selection_needs_an_unpatched_model(patched):
     with pytest.raises(BitFitError, match="unpatch it before another selection"):
         select(patched("bert"))
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"), [("bert", 20), ("distilbert", 20), ("roberta", 18), ("mpnet", 18)]
+)
+def test_a_sequence_longer_than_the_positions(build, family, positions):
+    model = build(family)
+    select(model)
+    patch_encoder(model, precision="fp32")
+    model(input_ids=torch.full((2, positions), 7))
+    said = f"of {positions + 1} tokens is longer than the model's {positions} positions"
+    with pytest.raises(BitFitError, match=said):
+        model(input_ids=torch.full((2, positions + 1), 7))
