@@ -30,6 +30,16 @@ print(bitfit_fast.__version__)
     assert python(code).startswith("0.")
 
 
+def test_what_takes_seconds_to_import_waits_until_it_is_needed():
+    code = """
+import sys
+import bitfit_fast, bitfit_fast.cli
+slow = "transformers", "datasets", "matplotlib", "torchmetrics", "triton", "torch._dynamo"
+print([name for name in slow if name in sys.modules])
+"""
+    assert python(code) == "[]"
+
+
 def test_importing_the_package_asks_nothing_of_a_gpu():
     code = """
 import torch

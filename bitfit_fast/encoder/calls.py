@@ -52,7 +52,7 @@ def _takes_more(forward: Any) -> bool:
 
 def base_class(kind: Any) -> Any:
     """Return the class of a base model that takes the padding out of its input."""
-    return _subclass(_Base, kind, base_class)
+    return _subclass(_untraced_base(), kind, base_class)
 
 
 def container_class(kind: Any) -> Any:
@@ -105,9 +105,11 @@ def _instance(maker: Callable[..., Any], kind: type[nn.Module]) -> Any:
 
 
 class _Base:
-    """A base model that takes the padding out before its own forward method runs."""
+    """A base model that takes the padding out before its own forward method runs.
 
-    @torch.compiler.disable
+    The compiler is not to trace that.
+    """
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         encoder: Encoder = vars(self)[ENCODER]
         if getattr(self, "_is_replica", False):
@@ -155,6 +157,12 @@ class _Base:
                 inputs[key] = packing.pack(inputs[key].expand_as(x))[None]
         with encoder.running(packing):
             return forward(**{main: packing.pack(x)[None], **inputs})
+
+
+@functools.cache
+def _untraced_base() -> type:
+    """Return `_Base` for patched classes; to say so imports the compiler, which takes seconds."""
+    return type("_Base", (_Base,), {"forward": torch.compiler.disable(_Base.forward)})
 
 
 def _fit(lengths: Sequence[int] | None, ids: Tensor) -> bool:
