@@ -69,6 +69,7 @@ def _linear_fwd_kernel(
         EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     parts = quarters(acc)
+    fine: tl.constexpr = h_ptr.dtype.element_ty == tl.float32
     row, col = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N // 4)[None, :]
     for i in tl.static_range(4):
         z = parts[i]
@@ -80,7 +81,7 @@ def _linear_fwd_kernel(
             tl.store(kept_ptr + base + to, z.to(kept_ptr.dtype.element_ty), mask=inside)
         if HAS_BIAS:
             z += tl.load(b_ptr + at + col, mask=in_cols, other=0.0).to(tl.float32)
-        tl.store(h_ptr + base + to, value(z, ACT).to(h_ptr.dtype.element_ty), mask=inside)
+        tl.store(h_ptr + base + to, value(z, ACT, fine).to(h_ptr.dtype.element_ty), mask=inside)
         if KEEPS and FEW_BITS:
             tl.store(kept_ptr + base + to, level(z, LOW, STEP, ACT), mask=inside)
 
@@ -120,6 +121,7 @@ def _linear_bwd_kernel(
         EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     parts = quarters(acc)
+    fine: tl.constexpr = dz_ptr.dtype.element_ty == tl.float32
     row, col = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N // 4)[None, :]
     for i in tl.static_range(4):
         part = parts[i]
@@ -131,7 +133,7 @@ def _linear_bwd_kernel(
         x = x.to(tl.float32)
         if HAS_BIAS:
             x += tl.load(b_ptr + at + col, mask=in_cols, other=0.0).to(tl.float32)
-        part *= slope(x, LOW, STEP, ACT, FEW_BITS)
+        part *= slope(x, LOW, STEP, ACT, fine, FEW_BITS)
         dz_at = dz_ptr + above * N + at
         tl.store(dz_at + (row * N + col), part.to(dz_ptr.dtype.element_ty), mask=inside)
         # rows beyond M are products with zeros
