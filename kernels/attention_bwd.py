@@ -419,8 +419,9 @@ def attention_bwd(
         dkv = empty(keys, 2, heads, d) if needs_kv else None
     dk, dv = (dq, dq) if dkv is None else dkv.unbind(1)
     one_launch = needs_kv and len(passes) == 1
-    # what a second launch, or none, takes
-    lse, delta = empty(2, 0 if one_launch else rows, heads, dtype=torch.float32)
+    # what a second launch, or none, takes; each of its own, which begins at 16 bytes: kernels
+    # compile for what does, or does not
+    lse, delta = (empty(0 if one_launch else rows, heads, dtype=torch.float32) for _ in range(2))
     do = do if do.stride(2) == 1 else do.contiguous()
     of_q = delta if q_sums is None else q_sums
     of_v = delta if v_sums is None else v_sums
