@@ -21,7 +21,7 @@ lint: $(VENV)/installed-dev
 $(VENV)/installed-%: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("bitfit_fast needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
 """Small models that every test can build in milliseconds, and the real data where it is."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -94,6 +95,17 @@ def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     ranks = {here / name: rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of garbage collections, which trainers ask for at every turn."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Let all of it be collected at the end, which libraries look at."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
