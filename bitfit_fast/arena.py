@@ -389,7 +389,8 @@ class ArenaAdamW(torch.optim.AdamW):
         """Return whether clipping and update are two launches of a GPU."""
         if not uses_triton(self.arena.values):
             return False
-        on_device = all(isinstance(rate, Tensor) for rate in rates)
+        device = self.arena.values.device
+        on_device = all(isinstance(rate, Tensor) and rate.device == device for rate in rates)
         return on_device and all(min(group["betas"]) > 0 for group in self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "contiguous", "in_autocast", "is_watched", "once", "operation", "shaped"]
+from ..errors import BitFitError
+
+__all__ = [
+    "as_rows",
+    "check_shapes",
+    "contiguous",
+    "in_autocast",
+    "is_watched",
+    "once",
+    "operation",
+    "shaped",
+]
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -23,6 +34,23 @@ def shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
     Autograd forbids changing a Function's output in place where it is a view.
     """
     return torch.ops.aten._unsafe_view(tensor, shape)
+
+
+def check_shapes(x: Tensor, residual: Tensor | None = None, **vectors: Tensor | None) -> None:
+    """Refuse what kernels would read beyond: a residual unlike x, vectors not as long as a row.
+
+    Raises
+    ------
+    BitFitError
+        With the name and both shapes.
+    """
+    named = {"residual": (residual, x.shape)}
+    named |= {name: (vector, x.shape[-1:]) for name, vector in vectors.items()}
+    for name, (tensor, shape) in named.items():
+        if tensor is not None and tensor.shape != shape:
+            raise BitFitError(
+                f"{name} has shape {tuple(tensor.shape)}, and must have {tuple(shape)}"
+            )
 
 
 def contiguous(*tensors: Any) -> tuple[Any, ...]:

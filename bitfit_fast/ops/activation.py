@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import BitFitError, listed
 from ..kernels._constants import ACTIVATIONS, quantisation
-from ._autograd import as_rows, contiguous, once, operation, shaped
+from ._autograd import as_rows, check_shapes, contiguous, once, operation, shaped
 from ._backend import uses_native, uses_triton
 
 __all__ = ["ACTIVATIONS", "bias_activation"]
@@ -196,10 +196,11 @@ def bias_activation(
     Raises
     ------
     BitFitError
-        For an unknown activation.
+        For an unknown activation, or a bias of another shape.
     """
     if act not in ACTIVATIONS:
         raise BitFitError(f"unknown activation '{act}'; valid ones are {listed(ACTIVATIONS)}")
+    check_shapes(x, b=b)
     if x.numel() == 0:
         return composed(x, b, act)
     return _BiasActivation.apply(x, b, act, few_bits and keeps_few_bits(x, b))

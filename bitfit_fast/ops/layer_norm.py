@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import BitFitError
 from ..kernels._constants import MAX_COLUMNS, keeps_sum, sum_dtype
-from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
+from ._autograd import as_rows, check_shapes, contiguous, in_autocast, once, operation, shaped
 from ._backend import uses_native, uses_triton
 from .column_sum import bias_gradient
 from .dropout import drawn, new_seed
@@ -343,10 +343,11 @@ def dropout_add_layer_norm(
     Raises
     ------
     BitFitError
-        If `p` is no probability below 1.
+        If `p` is no probability below 1, or a shape is another.
     """
     if not 0 <= p < 1:
         raise BitFitError(f"the probability of dropout is {p}; it must be from 0 to below 1")
+    check_shapes(x, residual, gamma=gamma, beta=beta, b=b)
     dtype = sum_dtype(x, residual)
     # on a CPU, autocast leaves LayerNorm alone
     if x.is_cuda and in_autocast(x):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels._launch import cdiv, column_config, processors, product_config
-from ._autograd import as_rows, contiguous, in_autocast, once, operation, shaped
+from ._autograd import as_rows, check_shapes, contiguous, in_autocast, once, operation, shaped
 from ._backend import fuses_product, uses_triton
 from .activation import (
     activation_bwd,
@@ -229,7 +229,13 @@ def feed_forward(
     -------
     Tensor
         `[..., N]`.
+
+    Raises
+    ------
+    BitFitError
+        For a bias of another shape.
     """
+    check_shapes(w1.t(), b1=b1)
     if w1.requires_grad or w2.requires_grad or x.numel() == 0:
         return linear(bias_activation(linear(x, w1), b1, act, few_bits), w2)
     x, w1, w2 = _autocast(x, w1, w2)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from bitfit_fast.errors import BitFitError
-from bitfit_fast.ops import ACTIVATIONS, activation, bias_activation
+from bitfit_fast.ops import ACTIVATIONS, activation, bias_activation, feed_forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STOCK = {
@@ -175,3 +175,10 @@ def test_an_unknown_activation_is_named_with_the_valid_ones():
     with pytest.raises(BitFitError, match="'swish'") as raised:
         bias_activation(torch.zeros(1, 1), act="swish")
     assert all(act in str(raised.value) for act in ACTIVATIONS)
+
+
+def test_a_bias_of_another_shape_is_refused():
+    with pytest.raises(BitFitError, match=r"b has shape \(3,\), and must have \(4,\)"):
+        bias_activation(torch.zeros(2, 4), torch.zeros(3))
+    with pytest.raises(BitFitError, match=r"b1 has shape \(3,\), and must have \(4,\)"):
+        feed_forward(torch.zeros(2, 5), torch.zeros(4, 5), torch.zeros(3), torch.zeros(6, 4))

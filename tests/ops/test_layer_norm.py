@@ -1,12 +1,14 @@
 """Bias, dropout, residual and LayerNorm, against PyTorch's own in a row."""
 
 import itertools
+import re
 import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from bitfit_fast.errors import BitFitError
 from bitfit_fast.kernels._constants import MAX_COLUMNS
 from bitfit_fast.ops import dropout_add_layer_norm, layer_norm
 from bitfit_fast.ops.dropout import kept
@@ -323,3 +325,16 @@ def test_the_same_call_gives_the_same_bits(randn, seed, differentiate):
 def test_the_definition_has_no_widest_row(randn, compare):
     inputs = part_inputs(randn, (2, MAX_COLUMNS + 1))
     compare(own(), stock(), inputs, randn(2, MAX_COLUMNS + 1), roundings=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("residual", (1, 3, 8)), ("b", (1,)), ("gamma", (3, 8)), ("beta", (9,))],
+)
+def test_what_kernels_would_read_beyond_is_refused(name, shape):
+    given = {"x": torch.ones(2, 3, 8), "gamma": torch.ones(8), name: torch.ones(shape)}
+    must = (2, 3, 8) if name == "residual" else (8,)
+    with pytest.raises(
+        BitFitError, match=re.escape(f"{name} has shape {shape}, and must have {must}")
+    ):
+        dropout_add_layer_norm(**given)
