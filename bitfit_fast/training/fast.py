@@ -229,7 +229,9 @@ class FastStep:
 
     def close(self) -> None:
         """Give the parameters their own memory again."""
-        self.fixed = None
+        if self.fixed is not None:
+            self.fixed.close()
+            self.fixed = None
         if self.encoder is not None:
             self.encoder.write_to(None)
         self.arena.release()

@@ -307,6 +307,10 @@ class FixedSteps:
         # the next replay, of whichever graph, may overwrite it
         return losses[-1].clone()
 
+    def close(self) -> None:
+        """Let go of what was captured, and of the memory that it holds."""
+        self._made.clear()
+
     def _budget(self, lengths: Sequence[int]) -> Budget:
         """Return the smallest budget that holds a batch."""
         below = 0
@@ -356,8 +360,9 @@ class FixedSteps:
             try:
                 replay = self.record(run)
             except CannotCapture as reason:
-                # nor will others be
+                # nor will others be, and what was captured is not replayed again
                 self.refusal = str(reason)
+                self.close()
                 raise
         self._made[key] = inputs, replay, losses
         return replay, losses

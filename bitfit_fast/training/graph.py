@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,6 +17,12 @@ __all__ = ["Recorder"]
 
 #: Times that a step runs before it is captured: the first compiles kernels and makes handles.
 _WARM_UP = 2
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of a device that is captured: libraries keep memory for each."""
+    return torch.cuda.Stream(device)
 
 
 class Recorder:
@@ -35,7 +42,7 @@ class Recorder:
 
     def __init__(self, device: torch.device, state: Sequence[Tensor]) -> None:
         self.device, self.state = device, state
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -74,7 +81,8 @@ class Recorder:
             current.wait_stream(self._stream)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        index = torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
         # after a capture that failed, generator and stream would be left in the midst of it
         spare, current = generator.clone_state(), torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
@@ -87,6 +95,11 @@ class Recorder:
         except RuntimeError:
             torch.cuda.set_stream(current)
             generator.graphsafe_set_state(spare)
+            # the allocator would go on as if it were captured, and give no memory back; where it
+            # knows better it says so
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+                torch._C._cuda_releasePool(index, self._pool)
             raise
         return graph.replay
 

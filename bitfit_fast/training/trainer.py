@@ -167,7 +167,13 @@ class BitFitTrainer(Trainer):
             return super().train(*args, **options)
 
     def _end(self) -> None:
-        self._ends = self._trained = self._fingerprint = self._passes = None
+        self._ends = self._trained = self._fingerprint = None
+        self._leave_passes()
+
+    def _leave_passes(self) -> None:
+        if isinstance(self._passes, Passes):
+            self._passes.steps.close()
+        self._passes = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimiser; in `train`, make the model fast before."""
@@ -315,6 +321,7 @@ class BitFitTrainer(Trainer):
         if trained is None or not self._captures():
             return None
         if self._passes is None or self._passes_size != self._train_batch_size:
+            self._leave_passes()
             self._passes = self._make_passes(model, trained.arena)
             self._passes_size = self._train_batch_size
         if isinstance(self._passes, str):
@@ -425,7 +432,7 @@ class BitFitTrainer(Trainer):
             yield
             return
         dtypes = {dtype: name for name, dtype in PRECISIONS.items()}
-        self._passes = None  # they run the encoder of before, and hold its memory
+        self._leave_passes()  # they run the encoder of before, and hold its memory
         unpatch(model)
         try:
             yield

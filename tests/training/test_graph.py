@@ -31,7 +31,7 @@ class Pretended:
 
     def __init__(self, fails=None):
         self.seen, self.fails, self.random = [], fails, torch.tensor([7])
-        self.mode, self.stream_now = 0, "default"
+        self.mode, self.stream_now, self.left = 0, "default", []
         self.default_generators = [self]
 
     def Stream(self, device):
@@ -98,9 +98,13 @@ def pretend(monkeypatch):
     def make(fails=None):
         cuda = Pretended(fails)
         monkeypatch.setattr(graph.torch, "cuda", cuda)
+        graph._stream.cache_clear()
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda index, pool: cuda.left.append(pool))
         return cuda
 
-    return make
+    yield make
+    graph._stream.cache_clear()
 
 
 def test_trials_change_nothing(pretend):
@@ -138,6 +142,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(pretend, fails):
     assert state[0].tolist() == [0, 0, 0] and cuda.random.item() == 7
     assert cuda.mode == 0 and cuda.stream_now == "default"
     assert ("spare" in cuda.seen) == (fails in (3, "end"))
+    assert cuda.left == (["pool", "pool"] if fails in (3, "end") else [])
 
 
 def test_what_the_user_has_to_hear_stays_an_error(pretend):
