@@ -7,7 +7,6 @@ run the layers, the stack runs instead.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,8 +22,8 @@ __all__ = ["ENCODER", "LENGTHS", "base_class", "container_class", "for_model", "
 #: Attribute of a base model, and of the module that runs its layers.
 ENCODER = "_bitfit_fast_encoder"
 
-#: Argument of a patched model: the tokens of each sequence, of a mask that is ones, then zeros.
-#: To read them off the mask would wait for a GPU.
+#: Key of a batch, and attribute of its mask: the tokens of each sequence, of a mask that is ones,
+#: then zeros. To read them off the mask would wait for a GPU.
 LENGTHS = "packed_lengths"
 
 #: Arguments of base models that say what is known anyway, or nothing.
@@ -37,17 +36,18 @@ _HARMLESS = {
 }
 
 
-def for_model(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch without its lengths, if the model's forward method would refuse them."""
-    if LENGTHS not in batch or _takes_more(type(model).forward):
+def for_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what a model takes of a batch, with the lengths on its mask.
+
+    Heads hand the mask on as it is, and not all of them other arguments.
+    """
+    if LENGTHS not in batch:
         return batch
-    return {key: value for key, value in batch.items() if key != LENGTHS}
-
-
-@functools.cache
-def _takes_more(forward: Any) -> bool:
-    kinds = (parameter.kind for parameter in inspect.signature(forward).parameters.values())
-    return inspect.Parameter.VAR_KEYWORD in kinds
+    given = dict(batch)
+    lengths, mask = given.pop(LENGTHS), given.get("attention_mask")
+    if mask is not None:
+        setattr(mask, LENGTHS, lengths)
+    return given
 
 
 def base_class(kind: Any) -> Any:
@@ -124,7 +124,6 @@ class _Base:
             fixed, own = encoder.fixed
             with encoder.running(fixed):
                 return forward(**{**dict(zip(names, args)), **kwargs, **own})
-        lengths = kwargs.pop(LENGTHS, None)
         # who calls it without the head may read every token
         if len(args) > len(names) or encoder.in_head is False:
             return forward(*args, **kwargs)
@@ -141,6 +140,7 @@ class _Base:
                 return forward(*args, **kwargs)
         if mask is not None and mask.shape != x.shape:
             return forward(*args, **kwargs)
+        lengths: Any = getattr(mask, LENGTHS, None)
         packing: Packing | None
         if mask is None:
             packing = Packing.uniform(x.shape[0], x.shape[1], x.device)

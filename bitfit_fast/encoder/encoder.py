@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..arena import Arena
 from ..errors import BitFitError
@@ -66,6 +65,8 @@ class Encoder:
         it is given; see `given`.
     in_head : bool, optional
         Whether the model's head is running, where only it may be given first tokens alone.
+    score_biases : dict of (int, torch.device) to Tensor
+        What was added to scores so far, by how many positions and where.
     """
 
     stack: Stack
@@ -86,10 +87,11 @@ class Encoder:
     dtype: torch.dtype | None = None
     fixed: tuple[Packing, dict[str, Tensor]] | None = None
     in_head: bool | None = None
+    score_biases: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copied model runs, whose gradients are its own."""
-        return {**vars(self), "sinks": None}
+        return {**vars(self), "sinks": None, "score_biases": {}}
 
     def write_to(self, arena: Arena | None) -> None:
         """Add gradients where an arena has them, from now on; None hands them to autograd.
@@ -203,21 +205,27 @@ class Encoder:
             return None, 0.0, not (dropout.training and dropout.p)
         return None, 0.0, dropout is None or type(dropout) is nn.Identity
 
+    def _score_bias(self, module: Any, longest: int, device: torch.device) -> Tensor:
+        """Return what the model adds to scores, `[H, S, S]` for no fewer positions than `longest`.
+
+        It is kept: its weight is frozen, some models wait for a GPU to compute it, and captured
+        graphs read it where it was.
+        """
+        size = max(64, 1 << (longest - 1).bit_length())
+        if (size, device) not in self.score_biases:
+            with torch.inference_mode(False), torch.no_grad():
+                dummy = torch.empty(1, size, 1, device=device)
+                bias = module.compute_position_bias(dummy)[0].float()
+            self.score_biases[size, device] = bias
+        return self.score_biases[size, device]
+
     def run(self, module: Any, hidden: Tensor) -> Tensor:
         """Run the stack on `[1, T, d]` packed or `[B, S, d]` unpadded embeddings."""
         packing = self.packing
         assert packing is not None
         bias = None
         if self.row.score_bias is not None:
-            dummy = hidden.new_empty(1, packing.longest, 1)
-            bias = module.compute_position_bias(dummy)[0].float()
-            # rows that vectors may read to their end
-            bias = F.pad(bias, (0, -packing.longest % 16))
-            if bias.requires_grad:
-                raise BitFitError(
-                    f"the weight of {self.row.score_bias} trains now, and the patched encoder "
-                    "computes no gradient of weights; unpatch the model first"
-                )
+            bias = self._score_bias(module, packing.longest, hidden.device)
         rows, dtype = hidden.flatten(0, 1), self.dtype or hidden.dtype
         overwrites, self.overwrites = self.overwrites, False
         y = run_stack(

@@ -93,6 +93,13 @@ def install(
     if reads_padding is None:
         reads_padding = heads.reads_padding(model, row)
     norm = family.outside.get("embedding-layernorm")
+    container = base.get_submodule(row.container)
+    weights, owners = dict(found.weights), list(found.owners)
+    prefix = head_prefix(model) or ""
+    if row.score_bias is not None:
+        table: Any = container.get_submodule(row.score_bias)
+        weights[f"{prefix}{row.container}.{row.score_bias}.weight"] = table.weight
+        owners.append(table)
     encoder = Encoder(
         Stack(
             found.layers,
@@ -106,14 +113,13 @@ def install(
         ),
         found.biases,
         found.owners,
-        Weights(found.weights, found.owners),
+        Weights(weights, owners),
         row,
         base.embeddings,
-        None if norm is None else f"{head_prefix(model) or ''}{norm}",
+        None if norm is None else f"{prefix}{norm}",
         projects=hasattr(base, "embeddings_project"),
         reads_padding=reads_padding,
     )
-    container = base.get_submodule(row.container)
     subclasses = [(base, base_class(type(base))), (container, container_class(type(container)))]
     if first_only and model is not base:
         encoder.in_head = False

@@ -60,7 +60,7 @@ def predict(
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, casts):
             for indices, batch in evaluation_batches(features, collate, batch_size):
                 weighs = kind.weigh(batch) if labelled else 0
-                output = forward(model, for_model(model, move(batch, device)))
+                output = forward(model, for_model(move(batch, device)))
                 for i, row in zip(indices, kind.keep(output)):
                     kept[i] = row
                 if weighs:  # the mean of nothing is not a number

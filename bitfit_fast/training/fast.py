@@ -128,7 +128,7 @@ class FastStep:
         self.arena.zero_gradients()
         idle = self._without_gradient() if not self.steps else []
         try:
-            inputs = for_model(self.model, move(batch, self.device))
+            inputs = for_model(move(batch, self.device))
             loss = forward(self.model, inputs).loss
             self._backward(loss)
         except RuntimeError as error:

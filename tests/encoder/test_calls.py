@@ -11,6 +11,7 @@ import transformers
 import bitfit_fast
 from bitfit_fast import patch_encoder, select, unpatch
 from bitfit_fast.arena import Arena
+from bitfit_fast.encoder import LENGTHS, for_model
 from bitfit_fast.encoder.run import Run
 
 TOKEN = "ForTokenClassification"
@@ -488,9 +489,9 @@ def test_lengths_that_cannot_be_are_not_believed(patched, batch):
     inputs = batch(model)
     right = model(**inputs).logits
     lengths = inputs["attention_mask"].sum(1).tolist()
-    assert torch.equal(model(**inputs, packed_lengths=tuple(lengths)).logits, right)
+    assert torch.equal(model(**for_model({**inputs, LENGTHS: tuple(lengths)})).logits, right)
     for wrong in (lengths[1:], [0, *lengths[1:]], [99, *lengths[1:]]):
-        assert torch.equal(model(**inputs, packed_lengths=tuple(wrong)).logits, right)
+        assert torch.equal(model(**for_model({**inputs, LENGTHS: tuple(wrong)})).logits, right)
 
 
 def test_what_is_kept_goes_with_the_backward_pass(patched, batch, monkeypatch):

@@ -144,7 +144,20 @@ def test_a_bias_of_relative_positions_that_trains(build, batch):
     weight.requires_grad_(False)
     patch_encoder(model, precision="fp32")
     weight.requires_grad_()
-    with pytest.raises(BitFitError, match="relative_attention_bias trains now"):
+    with pytest.raises(BitFitError, match=r"relative_attention_bias\.weight trains now"):
+        model(**batch(model))
+
+
+def test_a_bias_of_relative_positions_that_changed(build, batch):
+    model = build("mpnet")
+    select(model)
+    patch_encoder(model, precision="fp32")
+    model(**batch(model))
+    weight = model.mpnet.encoder.relative_attention_bias.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    said = r"mpnet\.encoder\.relative_attention_bias\.weight was changed"
+    with pytest.raises(BitFitError, match=said):
         model(**batch(model))
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
@@ -332,6 +333,31 @@ def test_batches_that_are_there_already_and_other_positions(roberta_folder, fixe
         for each in batches:
             del each["token_type_ids"]
         train(model, plan(), batches, fixed)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_is_added_to_scores_is_computed_once_for_many_lengths(fixed):
+    config = transformers.MPNetConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=66,
+    )  # fmt: skip
+    model = transformers.MPNetForSequenceClassification(config).train()
+    computed, sizes = type(model.mpnet.encoder).compute_position_bias, []
+    with on_gpu(model) as operations:
+
+        def compute(self, x):
+            # the host waits for it
+            sizes.append(x.shape[1])
+            bias = unwatched(computed, self, x)
+            operations.places[bias] = GPU
+            return bias
+
+        batches = [batch(lengths) for lengths in LENGTHS]
+        for given in batches:
+            del given["token_type_ids"]
+        with mock.patch.object(type(model.mpnet.encoder), "compute_position_bias", compute):
+            train(model, plan(), batches, fixed)
+    assert sizes == [64]
 
 
 def test_what_would_be_waited_for_is_noticed(bert_folder):
