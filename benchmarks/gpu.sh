@@ -28,6 +28,10 @@ failed=()
 patience=1
 [ "${BITFIT_FAST_QUICK:-}" = 1 ] && patience=4
 
+# a shell in the background may have handed on that interrupts are ignored
+hears=()
+env --default-signal=INT true 2>/dev/null && hears=(env --default-signal=INT)
+
 scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
 log=$out/gpu.log
@@ -40,7 +44,7 @@ part() { # name, seconds, command: its end goes to the screen
     echo "== $name: $*" >>"$log"
     before=$(wc -l <"$log")
     # what an interrupt does not stop is killed
-    timeout --signal=INT --kill-after=15 "$limit" "$@" >>"$log" 2>&1 || status=$?
+    timeout --signal=INT --kill-after=10 "$limit" "${hears[@]}" "$@" >>"$log" 2>&1 || status=$?
     tail -n "+$((before + 1))" "$log" | tail -n 5
     echo "== $name: exit status $status after $((SECONDS - began)) s"
     [ "$status" -eq 0 ] || failed+=("$name")

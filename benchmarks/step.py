@@ -23,6 +23,8 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,31 +91,63 @@ def count_lengths(data_dir: Path) -> None:
     write_text(LENGTHS, f"{{\n{lines}\n}}\n")
 
 
-def check(names: list[str], setting: Setting, batch: Batch) -> dict[str, dict[str, Any]]:
+def check(
+    names: list[str], setting: Setting, batch: Batch, clock: Clock
+) -> dict[str, dict[str, Any]]:
     """Return each variant's relative error, and an `error` where it is too large."""
     exact: dict[Any, Any] = {}
     # compiled references are the same, and would be compiled twice
     left = {*_COMPILED, *(n for n in names if VARIANTS[n].group == "other")}
     compared = [name for name in names if name not in left]
     needed = dict.fromkeys([*(_PYTORCH[VARIANTS[n].precision] for n in compared), *compared])
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in needed}
+
+    def compare(name: str) -> None:
+        variant, facts = VARIANTS[name], found[name]
+        given = variant.input
+        if given not in exact:
+            exact[given] = bias_gradients(None, setting, given(batch))
+        error = relative_error(bias_gradients(variant, setting, batch), exact[given])
+        facts["relative_error"] = short(error)
+        if variant.group != "reference":
+            theirs = found[_PYTORCH[variant.precision]]["relative_error"]
+            if not error <= 2 * theirs + _FLOOR[variant.precision]:
+                facts["error"] = f"gradients differ by {error:.2g}, PyTorch's by {theirs:.2g}"
+
     for name in needed:
-        variant, facts = VARIANTS[name], {}
-        try:
-            given = variant.input
-            if given not in exact:
-                exact[given] = bias_gradients(None, setting, given(batch))
-            error = relative_error(bias_gradients(variant, setting, batch), exact[given])
-            facts["relative_error"] = short(error)
-            if variant.group != "reference":
-                theirs = found[_PYTORCH[variant.precision]]["relative_error"]
-                if not error <= 2 * theirs + _FLOOR[variant.precision]:
-                    facts["error"] = f"gradients differ by {error:.2g}, PyTorch's by {theirs:.2g}"
-        except Exception as failure:  # one variant's failure is a result, and the rest goes on
-            facts["error"] = _one_line(failure)
-        found[name] = facts
+        clock.attempt(found[name], partial(compare, name))
         _free(setting.device)
     return found
+
+
+class Clock:
+    """Says when to begin nothing more, and lets one variant's failure be a result.
+
+    Parameters
+    ----------
+    rounds, latest : float
+        When to begin no further round of a setting, and nothing else either, by `time.monotonic`.
+        An interrupt ends the time, too: what was measured is kept.
+    """
+
+    def __init__(self, rounds: float, latest: float) -> None:
+        self.rounds, self.latest, self.interrupted = rounds, latest, False
+
+    def is_over(self, end: float) -> bool:
+        """Return whether there is no time left until then."""
+        return self.interrupted or time.monotonic() > end
+
+    def attempt(self, facts: dict[str, Any], work: Callable[[], None]) -> None:
+        """Do a part of what a variant takes, or note in its facts why that is an `error`."""
+        try:
+            if self.is_over(self.latest):
+                raise TimeoutError("no time left")
+            work()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            facts["error"] = "interrupted"
+        except Exception as failure:
+            facts["error"] = _one_line(failure)
 
 
 def _one_line(failure: Exception) -> str:
@@ -148,7 +182,7 @@ def _spread(samples: list[list[float]]) -> dict[str, float]:
 
 
 def measure(
-    setting: Setting, names: list[str], count: int, repeats: int, until: float
+    setting: Setting, names: list[str], count: int, repeats: int, clock: Clock
 ) -> list[dict[str, Any]]:
     """Check and time variants on the same batches.
 
@@ -159,8 +193,8 @@ def measure(
         Of variants.
     count, repeats : int
         How many batches, and how often each.
-    until : float
-        When to begin no further round, by `time.monotonic`; two rounds there are in any case.
+    clock : Clock
+        When to begin nothing more; of what is ready then there are two rounds in any case.
 
     Returns
     -------
@@ -168,38 +202,48 @@ def measure(
         One a variant.
     """
     made = batches(setting, count)
-    facts = check(names, setting, made[0])
+    facts = check(names, setting, made[0], clock)
     steps: dict[str, Any] = {}
     inputs: dict[str, list[Batch]] = {}
-    for name in names:
+
+    def make_ready(name: str) -> None:
         variant = VARIANTS[name]
-        if "error" in facts.setdefault(name, {}):
-            continue
-        try:
-            step = build(variant, setting)
-            inputs[name] = [variant.input(batch) for batch in made]
-            # compiles, captures, and makes the optimiser's state
-            for batch in inputs[name] * variant.begins:
-                step(batch)
-            captured = getattr(step.inner, "fixed", None)
-            if captured is not None and captured.refusal is not None:
-                raise RuntimeError(captured.refusal)  # it would be timed without its graph
-            steps[name] = step
-        except Exception as failure:
-            facts[name]["error"] = _one_line(failure)
+        step = build(variant, setting)
+        inputs[name] = [variant.input(batch) for batch in made]
+        # compiles, captures, and makes the optimiser's state
+        for batch in inputs[name] * variant.begins:
+            step(batch)
+        captured = getattr(step.inner, "fixed", None)
+        if captured is not None and captured.refusal is not None:
+            raise RuntimeError(captured.refusal)  # it would be timed without its graph
+        steps[name] = step
+
+    for name in names:
+        if "error" not in facts.setdefault(name, {}):
+            clock.attempt(facts[name], partial(make_ready, name))
     samples: dict[str, list[list[float]]] = {name: [[] for _ in made] for name in steps}
     order, done = list(steps), 0
-    for done in range(1, repeats + 1):
-        for i in range(count):
-            order.append(order.pop(0))
-            for name in order:
-                # in a training, too, the step before is one of the same kind: without it the
-                # fastest variants would mostly wait for weights that the others drove out
-                steps[name](inputs[name][i])
-                samples[name][i].append(_timed(steps[name], inputs[name][i], setting.device))
-        if done >= 2 and time.monotonic() > until:
-            break
-    times = {name: _spread(series) for name, series in samples.items()}
+    try:
+        while done < repeats and order and not (done >= 2 and clock.is_over(clock.rounds)):
+            for i in range(count):
+                order = [*order[1:], *order[:1]]
+                for name in order:
+                    # in a training, too, the step before is one of the same kind: without it the
+                    # fastest variants would mostly wait for weights that the others drove out
+                    try:
+                        steps[name](inputs[name][i])
+                        taken = _timed(steps[name], inputs[name][i], setting.device)
+                        samples[name][i].append(taken)
+                    except Exception as failure:
+                        facts[name]["error"] = _one_line(failure)
+                order = [name for name in order if "error" not in facts[name]]
+            done += 1
+    except KeyboardInterrupt:
+        clock.interrupted = True
+    enough = [name for name in order if min(map(len, samples[name])) >= 2]
+    times = {name: _spread(samples[name]) for name in enough}
+    for name in set(order) - set(enough):
+        facts[name]["error"] = "interrupted"
     tokens = statistics.fmean(int(batch["attention_mask"].sum()) for batch in made)
     rows = []
     for name in names:
@@ -222,7 +266,7 @@ def measure(
                 if VARIANTS[other].group in ("reference", "other")
             },
         }
-    del steps
+    steps.clear()
     torch._dynamo.reset()
     _free(setting.device)
     return rows
@@ -329,19 +373,21 @@ def main() -> None:
         )
     ]
     console = Console(width=max(Console().width, 110))
+    interrupted, latest = False, start + arguments.seconds
     for number, setting in enumerate(settings):
         now = time.monotonic()
-        if now - start > arguments.seconds:
-            results["skipped"].append({**setting.named(), "why": "no time left"})
+        if interrupted or now > latest:
+            why = "interrupted" if interrupted else "no time left"
+            results["skipped"].append({**setting.named(), "why": why})
         else:
             # those that are left share the time that is left
-            share = (start + arguments.seconds - now) / (len(settings) - number)
-            rows = measure(
-                setting, arguments.variants, arguments.batches, arguments.repeats, now + share
-            )
+            clock = Clock(now + (latest - now) / (len(settings) - number), latest)
+            rows = measure(setting, arguments.variants, arguments.batches, arguments.repeats, clock)
+            interrupted = clock.interrupted
             results["rows"] += rows
             console.print(table(rows))
-        results["finished"] = number + 1 == len(settings)
+        late = any("no time left" in row.get("error", "") for row in results["rows"])
+        results["finished"] = number + 1 == len(settings) and not interrupted and not late
         if products := _products():
             results["products_ms"] = products
         results["seconds"] = round(time.monotonic() - start, 1)

@@ -234,3 +234,36 @@ def test_groups_that_no_time_is_left_for_are_named(tmp_path):
     assert {"operation": "linear", "tokens": 32, "width": 16, "why": "no time left"} in results[
         "skipped"
     ]
+
+
+INTERRUPTER = """
+import sys
+sys.path.insert(0, "benchmarks")
+import step
+build, names = step.build, []
+def interrupted(variant, setting):
+    names.append(variant.name)
+    if len(names) == 2:
+        raise KeyboardInterrupt
+    return build(variant, setting)
+step.build = interrupted
+step.main()
+"""
+
+
+def test_an_interrupted_run_times_what_was_ready(tmp_path):
+    output = tmp_path / "step.json"
+    names = "fp32", "autocast", "fast-fp32"
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTER, "--variants", ",".join(names), "--output", output],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 1, process.stdout + process.stderr
+    results = json.loads(output.read_text(encoding="utf-8"))
+    ready, interrupted, late = results["rows"]
+    assert not results["finished"] and ready["rounds"] == 2 and ready["ms"]["p50"] > 0
+    assert interrupted["error"] == "interrupted" and "no time left" in late["error"]
