@@ -72,6 +72,29 @@ def check(x, dh, b, act):
     assert torch.equal(again[0], dz) and torch.equal(again[1], db)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinity
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_number_of_16_bits_is_rounded_as_well_as_can_be(act, dtype):
+    # where less is computed than for fp32; all but the last bit of their error is the rounding
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(256, 256).to(DEVICE)
+    h, _ = activation.activation_fwd(x, None, act)
+    dz, _ = activation.activation_bwd(torch.ones_like(x), x, None, act)
+    exact = x.double().requires_grad_()
+    value = DEFINITIONS[act](exact)
+    value.sum().backward()
+    wide = exact.detach().abs()
+    # the interpreter cuts bf16 off
+    eps, cuts = torch.finfo(dtype).eps, INTERPRETED and dtype == torch.bfloat16
+    rounding, small = eps if cuts else eps / 2, torch.finfo(dtype).smallest_normal
+    for found, true in ((h, value.detach()), (dz, exact.grad)):
+        known = true.isfinite() & (wide < 1e4)
+        error = (found.double() - true).abs()
+        allowed = 1.02 * rounding * true.abs().clamp(min=small) + 5e-7 * (1 + wide)
+        assert bool((error <= allowed)[known].all()), error[known & ~(error <= allowed)]
+    assert bool(h[x.isfinite()].isfinite().all() and h[x.isnan()].isnan().all())
+
+
 @pytest.mark.parametrize("act", activation.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_activation_is_as_exact_as_pytorchs(act, dtype):
