@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of GLUE's folders")
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--lr", default="mrpc=1e-3,cola=1e-2", help="tasks and learning rates")
+    parser.add_argument("--lr", default="mrpc=3e-3,cola=3e-3", help="tasks and learning rates")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--variants", default=VARIANTS, help="backends and their precisions")

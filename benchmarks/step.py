@@ -103,6 +103,7 @@ def check(
     found: dict[str, dict[str, Any]] = {name: {} for name in needed}
 
     def compare(name: str) -> None:
+        _free(setting.device)
         variant, facts = VARIANTS[name], found[name]
         given = variant.input
         if given not in exact:
@@ -116,7 +117,6 @@ def check(
 
     for name in needed:
         clock.attempt(found[name], partial(compare, name))
-        _free(setting.device)
     return found
 
 
@@ -240,6 +240,7 @@ def measure(
             done += 1
     except KeyboardInterrupt:
         clock.interrupted = True
+    order = [name for name in order if "error" not in facts[name]]
     enough = [name for name in order if min(map(len, samples[name])) >= 2]
     times = {name: _spread(samples[name]) for name in enough}
     for name in set(order) - set(enough):
@@ -266,9 +267,12 @@ def measure(
                 if VARIANTS[other].group in ("reference", "other")
             },
         }
-    steps.clear()
-    torch._dynamo.reset()
-    _free(setting.device)
+    try:
+        steps.clear()
+        torch._dynamo.reset()
+        _free(setting.device)
+    except KeyboardInterrupt:
+        clock.interrupted = True
     return rows
 
 
@@ -325,6 +329,8 @@ def parse() -> argparse.Namespace:
         arguments.variants = [n for n in arguments.variants if n not in _GRAPHS]
     if unknown := set(arguments.variants) - VARIANTS.keys():
         parser.error(f"unknown variants: {', '.join(sorted(unknown))}")
+    if arguments.repeats < 2:
+        parser.error(f"{arguments.repeats} repeats have no spread; 2 are the least")
     if arguments.compile:
         left = (*arguments.variants, *(_GRAPHS if arguments.device == "cpu" else ()))
         arguments.variants += [name for name in _COMPILED if name not in left]
@@ -387,7 +393,8 @@ def main() -> None:
             results["rows"] += rows
             console.print(table(rows))
         late = any("no time left" in row.get("error", "") for row in results["rows"])
-        results["finished"] = number + 1 == len(settings) and not interrupted and not late
+        left_out = interrupted or late or results["skipped"]
+        results["finished"] = number + 1 == len(settings) and not left_out
         if products := _products():
             results["products_ms"] = products
         results["seconds"] = round(time.monotonic() - start, 1)

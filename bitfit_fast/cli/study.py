@@ -18,6 +18,12 @@ __all__ = ["study"]
 GRID = "Instead of a file"
 
 
+def _option(key: str) -> str:
+    """Return the option that stands for a study's key."""
+    plural = {"models": "model", "tasks": "task", "methods": "method", "sizes": "size"}
+    return f"--{plural.get(key, key.replace('_', '-'))}"
+
+
 def study(
     file: Annotated[
         Location, typer.Argument(help="YAML file of the study; else the options below.")
@@ -66,13 +72,17 @@ def study(
         "data_dir": None if data_dir is None else str(data_dir),
     }  # fmt: skip
     if file is not None:
-        if given := [key.replace("_", "-") for key, value in options.items() if value]:
+        if given := [_option(key) for key, value in options.items() if value]:
             raise BitFitError(f"give the study {file} or options ({listed(given)}), not both")
         asked = read_study(file)
     else:
         if output is None or not task or not method:
             raise BitFitError("give a study's file, or --output with --task and --method")
-        asked = study_of_options(output.name, **options)
+        try:
+            asked = study_of_options(output.name, **options)
+        except BitFitError as error:
+            key, _, said = str(error).partition(": ")
+            raise BitFitError(f"{_option(key)}: {said}" if key in options else error) from None
     output = output or Path("runs") / asked.name
     plan = open_folder(asked, output, report_only)
     command = f"bitfit-fast study {file}" if file else f"bitfit-fast study --output {output}"

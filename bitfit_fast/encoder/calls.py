@@ -46,6 +46,8 @@ def for_model(batch: dict[str, Any]) -> dict[str, Any]:
     given = dict(batch)
     lengths, mask = given.pop(LENGTHS), given.get("attention_mask")
     if mask is not None:
+        # not the caller's own, who may fill it with another batch
+        given["attention_mask"] = mask = mask.detach()
         setattr(mask, LENGTHS, lengths)
     return given
 
@@ -151,7 +153,9 @@ class _Base:
         if packing is None or (encoder.reads_padding and packing.tokens < x.numel()):
             return forward(*args, **kwargs)
         if "position_ids" not in inputs:
-            inputs["position_ids"] = encoder.positions(x, packing.longest)
+            # without a mask it hangs on the tokens which positions they have, in some families
+            known = mask is not None or encoder.row.positions == "index"
+            inputs["position_ids"] = encoder.positions(x, packing.longest if known else 0)
         for key in ("position_ids", "token_type_ids"):
             if key in inputs:
                 inputs[key] = packing.pack(inputs[key].expand_as(x))[None]

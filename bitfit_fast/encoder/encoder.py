@@ -40,7 +40,7 @@ class Encoder:
     owners : list of nn.Module
         The modules that hold these biases.
     weights : Weights
-        Those of the layers.
+        Those of the layers, and the table of what is added to scores.
     row : StackRow
         The family's.
     embeddings : nn.Module
@@ -167,12 +167,12 @@ class Encoder:
         BitFitError
             Where the `longest` sequence has more tokens than the model has positions.
         """
-        table: Any = self.embeddings.position_embeddings
+        # a wrapped one says nothing of its size
+        table = getattr(self.embeddings.position_embeddings, "num_embeddings", None)
         padding = -1
         if self.row.positions == "padding":
             padding = int(self.embeddings.padding_idx)  # type: ignore[arg-type]
-        rows = table.num_embeddings - padding - 1
-        if longest > rows:
+        if table is not None and longest > (rows := table - padding - 1):
             raise BitFitError(
                 f"a sequence of {longest} tokens is longer than the model's {rows} positions; "
                 "cut it when it is tokenized (max_length)"
@@ -208,14 +208,14 @@ class Encoder:
     def _score_bias(self, module: Any, longest: int, device: torch.device) -> Tensor:
         """Return what the model adds to scores, `[H, S, S]` for no fewer positions than `longest`.
 
-        It is kept: its weight is frozen, some models wait for a GPU to compute it, and captured
-        graphs read it where it was.
+        It is kept: its weight is frozen, some versions of models wait for a GPU to compute it, and
+        captured graphs read it where it was. Vectors may read its rows up to a multiple of 16.
         """
         size = max(64, 1 << (longest - 1).bit_length())
         if (size, device) not in self.score_biases:
             with torch.inference_mode(False), torch.no_grad():
                 dummy = torch.empty(1, size, 1, device=device)
-                bias = module.compute_position_bias(dummy)[0].float()
+                bias = module.compute_position_bias(dummy)[0].float().contiguous()
             self.score_biases[size, device] = bias
         return self.score_biases[size, device]
 

@@ -36,7 +36,10 @@ def refusal(model: nn.Module) -> str | None:
         return "it has no layers"
     if family.stack.score_bias is not None:
         path = f"{family.stack.container}.{family.stack.score_bias}"
-        if base_of(model).get_submodule(path).weight.requires_grad:
+        table = base_of(model).get_submodule(path)
+        if parametrize.is_parametrized(table):
+            return f"{path} is parametrized"
+        if table.weight.requires_grad:
             return f"the weight of {path} trains"
     for name, layer in layers:
         for role, module in linears_of(family, layer).items():

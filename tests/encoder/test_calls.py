@@ -13,6 +13,7 @@ from bitfit_fast import patch_encoder, select, unpatch
 from bitfit_fast.arena import Arena
 from bitfit_fast.encoder import LENGTHS, for_model
 from bitfit_fast.encoder.run import Run
+from bitfit_fast.packing import Packing
 
 TOKEN = "ForTokenClassification"
 
@@ -484,14 +485,19 @@ def test_a_tensor_that_the_base_model_does_not_know_is_no_error(build, batch, ru
     assert not runs_as_one
 
 
-def test_lengths_that_cannot_be_are_not_believed(patched, batch):
+def test_lengths_that_cannot_be_are_not_believed(patched, batch, monkeypatch):
     model = patched()
     inputs = batch(model)
     right = model(**inputs).logits
     lengths = inputs["attention_mask"].sum(1).tolist()
-    assert torch.equal(model(**for_model({**inputs, LENGTHS: tuple(lengths)})).logits, right)
     for wrong in (lengths[1:], [0, *lengths[1:]], [99, *lengths[1:]]):
-        assert torch.equal(model(**for_model({**inputs, LENGTHS: tuple(wrong)})).logits, right)
+        given = for_model({**inputs, LENGTHS: tuple(wrong)})
+        assert torch.equal(model(**given).logits, right)
+    # those that can be are, and the mask is not looked at
+    monkeypatch.setattr(Packing, "of_mask", None)
+    assert torch.equal(model(**for_model({**inputs, LENGTHS: tuple(lengths)})).logits, right)
+    # the caller's mask, which may be another batch's next time, knows nothing of them
+    assert not hasattr(inputs["attention_mask"], LENGTHS)
 
 
 def test_what_is_kept_goes_with_the_backward_pass(patched, batch, monkeypatch):

@@ -287,7 +287,27 @@ def test_a_sequence_longer_than_the_positions(build, family, positions):
     model = build(family)
     select(model)
     patch_encoder(model, precision="fp32")
-    model(input_ids=torch.full((2, positions), 7))
+    given = [torch.full((2, positions + n), 7) for n in range(2)]
+    model(input_ids=given[0], attention_mask=torch.ones_like(given[0]))
     said = f"of {positions + 1} tokens is longer than the model's {positions} positions"
     with pytest.raises(BitFitError, match=said):
-        model(input_ids=torch.full((2, positions + 1), 7))
+        model(input_ids=given[1], attention_mask=torch.ones_like(given[1]))
+
+
+def test_positions_that_skip_padding_need_no_mask(build):
+    model = build("roberta")
+    select(model)
+    ids = torch.full((2, 19), 7)
+    ids[:, 12:] = model.config.pad_token_id
+    expected = model(input_ids=ids).logits
+    patch_encoder(model, precision="fp32")
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_parametrized_table_of_relative_positions(build):
+    model = build("mpnet")
+    select(model)
+    table = model.mpnet.encoder.relative_attention_bias
+    torch.nn.utils.parametrize.register_parametrization(table, "weight", torch.nn.Identity())
+    with pytest.raises(BitFitError, match=r"encoder\.relative_attention_bias is parametrized"):
+        patch_encoder(model)

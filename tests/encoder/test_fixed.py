@@ -1,7 +1,9 @@
 """Steps on packings of a fixed size: the same losses and gradients as the ordinary ones."""
 
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -252,6 +254,28 @@ def test_where_nothing_can_be_captured_steps_go_the_ordinary_way(steps, batch):
         results = both((ordinary, step), inputs)
     assert torch.equal(results[0][1], results[1][1])
     step(dict(inputs))
+
+
+def test_what_was_captured_goes_when_nothing_will_replay_it(steps, batch):
+    _, step = steps()
+    captured = []
+
+    def refuse_the_second(run):
+        if captured:
+            raise CannotCapture("a step cannot be captured: out of memory")
+        captured.append(weakref.ref(run))
+        return run
+
+    step.fixed = fixed = step.of_fixed_size(refuse_the_second, after=0)
+    step(batch(step.model))
+    step(batch(step.model))
+    assert len(fixed._made) == 1 and captured[0]() is not None
+    with pytest.warns(BitFitWarning, match="out of memory"):
+        step(batch(step.model, BATCHES[2]))
+    gc.collect()
+    assert not fixed._made and captured[0]() is None
+    step.close()
+    assert step.fixed is None
 
 
 def test_a_weight_that_changes_is_found_between_replays(steps, batch):

@@ -219,11 +219,12 @@ def launches_of_products(odd):
 def launches(whole):
     """Yield a name, a launcher and its arguments for everything that can be launched.
 
-    What hangs on no architecture is there where the `whole` is asked for: odd sizes, widths between
-    BERT's and the widest, and of the dtypes of 16 bits, which differ in their conversions alone,
-    the second. Flags and activations are crossed at BERT's width in bf16. Other dtypes, widths and
-    strides change loads, stores and tiles, not what is between them: there the flags are those that
-    ask for the most registers, and for the least.
+    What hangs on no architecture is there where the `whole` is asked for: odd sizes, all widths but
+    BERT's and the widest, small heads of attention, most activations of products, and of the dtypes
+    of 16 bits, which differ in their conversions alone, the second. Flags and activations are
+    crossed at BERT's width in bf16. Other dtypes, widths and strides change loads, stores and
+    tiles, not what is between them: there the flags are those that ask for the most registers, and
+    for the least.
     """
     seed, offsets = empty(1, dtype=torch.int64), empty(3, dtype=torch.int64)
     widest, odd = layer_norm.MAX_COLUMNS, ODD if whole else ()

@@ -93,6 +93,9 @@ def test_the_arena_takes_them(monkeypatch):
         groups = [{"names": ["a", "c"], "weight_decay": 0.1}, {"names": ["b"], "lr": 0.5}]
         optimizer = ArenaAdamW(arena, groups, lr=0.1)
         rate = torch.tensor(0.2, device=DEVICE)
+        # one that lies elsewhere is not for them
+        assert optimizer._has_kernels([rate, rate]) == (backend == "triton")
+        assert not optimizer._has_kernels([rate, rate.to("meta")])
         for gradient in drawn[1:]:
             for parameter, part in zip(named.values(), gradient.split(300)):
                 parameter.grad.copy_(part)

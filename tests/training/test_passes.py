@@ -292,6 +292,20 @@ def test_where_nothing_can_be_captured_passes_go_the_ordinary_way(train, caplog)
     ]
 
 
+def test_what_was_captured_goes_with_the_training(train):
+    kept = []
+
+    class Own(Fixed):
+        def _leave_passes(self):
+            if self._passes is not None:
+                kept.append(self._passes.steps)
+                assert self._passes.steps._made
+            super()._leave_passes()
+
+    train(Own)
+    assert kept and not any(steps._made for steps in kept)
+
+
 class Waits(TorchDispatchMode):
     """Notes what would wait for a GPU."""
 
