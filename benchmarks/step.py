@@ -103,7 +103,6 @@ def check(
     found: dict[str, dict[str, Any]] = {name: {} for name in needed}
 
     def compare(name: str) -> None:
-        _free(setting.device)
         variant, facts = VARIANTS[name], found[name]
         given = variant.input
         if given not in exact:
@@ -117,6 +116,7 @@ def check(
 
     for name in needed:
         clock.attempt(found[name], partial(compare, name))
+        _free(setting.device)
     return found
 
 

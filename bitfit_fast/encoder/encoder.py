@@ -167,14 +167,14 @@ class Encoder:
         BitFitError
             Where the `longest` sequence has more tokens than the model has positions.
         """
-        # a wrapped one says nothing of its size
-        table = getattr(self.embeddings.position_embeddings, "num_embeddings", None)
+        # a wrapped table says nothing of its size
+        rows = getattr(self.embeddings.position_embeddings, "num_embeddings", None)
         padding = -1
         if self.row.positions == "padding":
             padding = int(self.embeddings.padding_idx)  # type: ignore[arg-type]
-        if table is not None and longest > (rows := table - padding - 1):
+        if rows is not None and longest > (most := rows - padding - 1):
             raise BitFitError(
-                f"a sequence of {longest} tokens is longer than the model's {rows} positions; "
+                f"a sequence of {longest} tokens is longer than the model's {most} positions; "
                 "cut it when it is tokenized (max_length)"
             )
         if padding < 0:

@@ -97,7 +97,7 @@ class Recorder:
             generator.graphsafe_set_state(spare)
             # the allocator would go on as if it were captured, and give no memory back; where it
             # knows better it says so
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(index, self._pool)
                 torch._C._cuda_releasePool(index, self._pool)
             raise
