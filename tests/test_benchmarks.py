@@ -31,6 +31,18 @@ def environment(**more):
     return {**kept, **quick, **more}
 
 
+def run(*command, timeout=300, **more):
+    """Run a program here, with small sizes, and return what it said."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
 def results_in(folder: Path, name: str = "kernels"):
     (path,) = (p for p in folder.glob(f"{name}-*.json") if name != "step" or "comp" not in p.name)
     return json.loads(path.read_text(encoding="utf-8"))
@@ -40,13 +52,8 @@ def results_in(folder: Path, name: str = "kernels"):
 def done(tmp_path_factory):
     """Everything that the script for a GPU does, at sizes that say nothing."""
     folder = tmp_path_factory.mktemp("out")
-    return folder, subprocess.run(
-        ["bash", "benchmarks/gpu.sh", folder],
-        cwd=ROOT,
-        env=environment(BITFIT_FAST_COMMIT="0123abc-dirty"),
-        capture_output=True,
-        text=True,
-        timeout=600,
+    return folder, run(
+        "bash", "benchmarks/gpu.sh", folder, timeout=600, BITFIT_FAST_COMMIT="0123abc-dirty"
     )
 
 
@@ -135,14 +142,7 @@ def test_a_step_with_wrong_gradients_is_not_timed(tmp_path):
     )
     path = tmp_path / "step-cpu.json"
     command = [sys.executable, "benchmarks/step.py", "--variants=fp32,fast-fp32"]
-    process = subprocess.run(
-        [*command, f"--output={path}"],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    process = run(*command, f"--output={path}", timeout=120, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert process.returncode == 1, process.stdout + process.stderr
     right, wrong = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert "ms" in right and "ms" not in wrong
@@ -195,22 +195,18 @@ def test_a_killed_run_leaves_what_it_had_measured(tmp_path):
     (tmp_path / "killer.py").write_text(KILLER)
     output = tmp_path / "out"
     command = [sys.executable, "-m", "pytest", "-p", "killer", "benchmarks", "--benchmark-only"]
-    process = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--results-dir={output}"],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    process = run(
+        *command, "-p", "no:cacheprovider", f"--results-dir={output}", PYTHONPATH=str(tmp_path)
     )
     assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
     results = results_in(output)
     assert not results["finished"] and len(results["rows"]) >= KILLED_AFTER
-    done = subprocess.run(
-        [sys.executable, "benchmarks/plot.py", *output.glob("*.json"), "--output", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    done = run(
+        sys.executable,
+        "benchmarks/plot.py",
+        *output.glob("*.json"),
+        "--output",
+        tmp_path,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -220,14 +216,7 @@ def test_a_killed_run_leaves_what_it_had_measured(tmp_path):
 
 def test_groups_that_no_time_is_left_for_are_named(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--seconds=0"]
-    process = subprocess.run(
-        [*command, "-q", "-p", "no:cacheprovider", f"--results-dir={tmp_path}"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run(*command, "-q", "-p", "no:cacheprovider", f"--results-dir={tmp_path}")
     assert process.returncode == 0, process.stdout + process.stderr
     results = results_in(tmp_path)
     assert results["finished"] and not results["rows"]
@@ -254,13 +243,8 @@ step.main()
 def test_an_interrupted_run_times_what_was_ready(tmp_path):
     output = tmp_path / "step.json"
     names = "fp32", "autocast", "fast-fp32"
-    process = subprocess.run(
-        [sys.executable, "-c", INTERRUPTER, "--variants", ",".join(names), "--output", output],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    process = run(
+        sys.executable, "-c", INTERRUPTER, "--variants", ",".join(names), "--output", output
     )
     assert process.returncode == 1, process.stdout + process.stderr
     results = json.loads(output.read_text(encoding="utf-8"))

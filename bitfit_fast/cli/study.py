@@ -9,6 +9,7 @@ import typer
 
 from ..errors import BitFitError, listed
 from ..study import collect, read_study, report_folder, run_study, study_of_options, write_report
+from ..study.reading import option_of
 from ..study.runner import open_folder
 from .console import console, errors, quiet, say
 from .options import DataDir, Location, Number, Reals, Text, Texts
@@ -16,12 +17,6 @@ from .options import DataDir, Location, Number, Reals, Text, Texts
 __all__ = ["study"]
 
 GRID = "Instead of a file"
-
-
-def _option(key: str) -> str:
-    """Return the option that stands for a study's key."""
-    plural = {"models": "model", "tasks": "task", "methods": "method", "sizes": "size"}
-    return f"--{plural.get(key, key.replace('_', '-'))}"
 
 
 def study(
@@ -72,17 +67,13 @@ def study(
         "data_dir": None if data_dir is None else str(data_dir),
     }  # fmt: skip
     if file is not None:
-        if given := [_option(key) for key, value in options.items() if value]:
+        if given := [option_of(key) for key, value in options.items() if value]:
             raise BitFitError(f"give the study {file} or options ({listed(given)}), not both")
         asked = read_study(file)
     else:
         if output is None or not task or not method:
             raise BitFitError("give a study's file, or --output with --task and --method")
-        try:
-            asked = study_of_options(output.name, **options)
-        except BitFitError as error:
-            key, _, said = str(error).partition(": ")
-            raise BitFitError(f"{_option(key)}: {said}" if key in options else error) from None
+        asked = study_of_options(output.name, **options)
     output = output or Path("runs") / asked.name
     plan = open_folder(asked, output, report_only)
     command = f"bitfit-fast study {file}" if file else f"bitfit-fast study --output {output}"

@@ -153,9 +153,8 @@ class _Base:
         if packing is None or (encoder.reads_padding and packing.tokens < x.numel()):
             return forward(*args, **kwargs)
         if "position_ids" not in inputs:
-            # without a mask it hangs on the tokens which positions they have, in some families
-            known = mask is not None or encoder.row.positions == "index"
-            inputs["position_ids"] = encoder.positions(x, packing.longest if known else 0)
+            longest = None if mask is None else packing.longest
+            inputs["position_ids"] = encoder.positions(x, longest)
         for key in ("position_ids", "token_type_ids"):
             if key in inputs:
                 inputs[key] = packing.pack(inputs[key].expand_as(x))[None]

@@ -159,20 +159,23 @@ class Encoder:
         finally:
             self.fixed = None
 
-    def positions(self, ids: Tensor, longest: int) -> Tensor:
+    def positions(self, ids: Tensor, longest: int | None) -> Tensor:
         """Return the `[B, S]` positions that the model would give to padded tokens.
 
         Raises
         ------
         BitFitError
-            Where the `longest` sequence has more tokens than the model has positions.
+            Where the `longest` sequence, if that is known, has more tokens than the model has
+            positions.
         """
         # a wrapped table says nothing of its size
         rows = getattr(self.embeddings.position_embeddings, "num_embeddings", None)
         padding = -1
         if self.row.positions == "padding":
             padding = int(self.embeddings.padding_idx)  # type: ignore[arg-type]
-        if rows is not None and longest > (most := rows - padding - 1):
+        elif longest is None:  # all count, whatever they are
+            longest = ids.shape[1]
+        if rows is not None and longest is not None and longest > (most := rows - padding - 1):
             raise BitFitError(
                 f"a sequence of {longest} tokens is longer than the model's {most} positions; "
                 "cut it when it is tokenized (max_length)"

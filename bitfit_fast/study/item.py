@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import yaml
 
@@ -20,19 +20,19 @@ class Item:
     ----------
     node : yaml.Node
         The value.
-    source : str or None
-        What errors call the file; None for options, which have no lines.
+    source : str or callable
+        What errors call the file, or a key of it that stands for an option and has no line.
     key : str
         The key that it stands under; empty for a whole file.
     """
 
-    def __init__(self, node: yaml.Node, source: str | None, key: str) -> None:
+    def __init__(self, node: yaml.Node, source: str | Callable[[str], str], key: str) -> None:
         self.node, self.source, self.key = node, source, key
 
     def fail(self, message: str) -> BitFitError:
-        """Return an error that names file, line and key, or the key alone."""
-        if self.source is None:
-            return BitFitError(f"{self.key}: {message}" if self.key else message)
+        """Return an error that names file, line and key, or the option."""
+        if callable(self.source):
+            return BitFitError(f"{self.source(self.key)}: {message}" if self.key else message)
         line = self.node.start_mark.line + 1
         key = f", {self.key}" if self.key else ""
         return BitFitError(f"{self.source}, line {line}{key}: {message}")
@@ -124,8 +124,8 @@ class Item:
         return self.text()
 
 
-def compose(text: str, source: str | None) -> Item:
-    """Read YAML; errors name `source`, if that is not None, and lines.
+def compose(text: str, source: str | Callable[[str], str]) -> Item:
+    """Read YAML; errors name `source` as those of an `Item` do.
 
     Raises
     ------

@@ -26,7 +26,7 @@ from .grid import Budget, Grid, MethodEntry, Search, Study, TaskEntry
 from .item import Item, compose
 from .terms import PRESETS
 
-__all__ = ["read_study", "study_of_options"]
+__all__ = ["option_of", "read_study", "study_of_options"]
 
 #: Hyper-parameters that a study may give, with how each is read.
 _NUMBERS = {
@@ -308,6 +308,12 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     return _study(compose(text, str(path)), path.stem)
 
 
+def option_of(key: str) -> str:
+    """Return the command line's option that stands for a key of a study."""
+    repeated = {"models": "model", "tasks": "task", "methods": "method", "sizes": "size"}
+    return f"--{repeated.get(key, key.replace('_', '-'))}"
+
+
 def study_of_options(name: str, **options: Any) -> Study:
     """Make a study of one grid from options, named as the keys of a file are.
 
@@ -316,8 +322,8 @@ def study_of_options(name: str, **options: Any) -> Study:
     Raises
     ------
     BitFitError
-        As `read_study`.
+        As `read_study`, with the option in the place of file, line and key.
     """
     given = {key: value for key, value in options.items() if value not in (None, [], ())}
     text = yaml.safe_dump({"name": name, **given}, sort_keys=False)
-    return _study(compose(text, None), name)
+    return _study(compose(text, option_of), name)

@@ -160,7 +160,7 @@ def test_options_make_the_study_that_a_file_would(tmp_path):
     found = study_of_options("some", tasks=["rte"], methods=["full", "b_q"], lr=[1e-3], seeds=2)
     written = study(tmp_path, "tasks: rte\nmethods: [full, b_q]\nlr: 1e-3\nseeds: 2\n")
     assert found.grids == written.grids
-    with pytest.raises(BitFitError, match=r"^tasks: unknown task 'rtee'"):
+    with pytest.raises(BitFitError, match=r"^--task: unknown task 'rtee'"):
         study_of_options("some", tasks=["rtee"], methods=["full"])
 
 
