@@ -1,6 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Python compiles what it imports and keeps it, which is a small part of what is installed, unless
+# it was told to keep nothing.
+COMPILE = $(if $(PYTHONDONTWRITEBYTECODE),--compile,--no-compile)
 
 .PHONY: demo test lint clean
 .PRECIOUS: $(VENV)/installed-%
@@ -21,7 +24,7 @@ lint: $(VENV)/installed-dev
 $(VENV)/installed-%: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("bitfit_fast needs Python 3.10 or newer, and $(PYTHON) is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(COMPILE) -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Launchers of whole layers on CPUs with AVX-512: all of a post-norm encoder's in one call.
+"""Launchers of whole layers on CPUs with tiles: all of a post-norm encoder's in one call.
 
 What a layer computes is what `tiles` has launchers for, part by part; see `layers.h`. With short
 batches the calls themselves are what takes long.

@@ -1,8 +1,8 @@
-"""Launchers of products with frozen weights, attention and layers' ends on CPUs with AVX-512.
+"""Launchers of products with frozen weights, attention and layers' ends on CPUs.
 
-The kernels are in `tiles.h` and `heads.h`; `units.h` says what multiplies, which may be matrix
-units (AMX), and how an operand is laid out for it. Weights are packed once. In bf16 sums are in
-fp32; fp32 gives what products in fp32 do.
+The kernels are in `tiles.h` and `heads.h`; `units.h` says what multiplies, from the vectors of AVX2
+to matrix units (AMX), and how an operand is laid out for it. Weights are packed once. In bf16 sums
+are in fp32; fp32 gives what products in fp32 do.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Packed:
     data : Tensor
         N / 32 panels of 32 columns, in each K / 32 steps. A step is `[32, 32]` in fp32, and in
         bf16 `[2, 16, 16, 2]`: left and right half, pair of rows, column, row of the pair. With
-        matrix units fp32 numbers are three of bf16, in as many planes.
+        matrix units fp32 numbers are three of bf16, in as many planes; without instructions for
+        bf16 its numbers are of fp32.
     panel : int
         Numbers from one panel to the next.
     depth, columns : int
@@ -103,8 +104,8 @@ def beat_libraries(weight: Tensor) -> bool:
     """Return whether products with a weight take less time than those of MKL or oneDNN.
 
     With matrix units all do. With vectors those of bf16, which the libraries pack at each call,
-    and without instructions for bf16 compute at a fifth of the speed of fp32; in fp32 the two
-    are alike, and packed weights would take memory for nothing.
+    and without instructions for bf16 compute at a fifth of the speed of fp32, without AVX-512 at
+    a thirtieth; in fp32 the two are alike, and packed weights would take memory for little.
     """
     if not library.has_tiles() or any(size % SIDE for size in weight.shape):
         return False

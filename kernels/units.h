@@ -1,5 +1,5 @@
-// What multiplies on a CPU with 512-bit vectors, 32 rows by 32 columns at a time, and the order in
-// which it takes its operands. Which of three kinds it is, the compiler knows:
+// What multiplies on a CPU with vectors of 512 or 256 bits, 32 rows by 32 columns at a time, and
+// the order in which it takes its operands. Which of these kinds it is, the compiler knows:
 //
 //   matrix units (AMX)        products of bf16 with sums in fp32. An fp32 number is the sum of
 //                             three in bf16, of 8 bits each, exactly: what rounding leaves is
@@ -10,7 +10,8 @@
 //                             and left out; that is still faster than the vector units.
 //   vectors that multiply     pairs of bf16 with sums in fp32, two products an instruction and
 //   bf16 (AVX512-BF16)        lane; fp32 as such.
-//   vectors (AVX-512)         fp32; bf16 is widened when an operand is laid out.
+//   vectors (AVX-512, or      fp32; bf16 is widened when an operand is laid out.
+//   AVX2 with FMA)
 #pragma once
 
 #include <type_traits>
@@ -24,6 +25,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif !defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__)
+#define BITFIT_TILES
+#endif
+
+#ifdef BITFIT_TILES
 
 namespace {
 
@@ -134,7 +140,8 @@ inline void copy_parts(const From* from, Number<X>* to, int64_t plane) {
 
 // ------------------------------------------------------------------------------ the right order
 
-// 16 x 16 words, rows to columns.
+// LANES x LANES words, rows to columns; strides are in bytes.
+#ifdef __AVX512F__
 inline void transpose(const void* from, int64_t stride, void* to, int64_t to_stride) {
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++)
@@ -161,6 +168,29 @@ inline void transpose(const void* from, int64_t stride, void* to, int64_t to_str
         _mm512_storeu_si512(out + (i + 8) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
     }
 }
+#else
+inline void transpose(const void* from, int64_t stride, void* to, int64_t to_stride) {
+    __m256i r[8], t[8];
+    for (int i = 0; i < 8; i++)
+        r[i] = load_raw<__m256i>(static_cast<const char*>(from) + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    char* out = static_cast<char*>(to);
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++) std::memcpy(out + i * to_stride, &t[i], sizeof t[i]);
+}
+#endif
 
 // A step of a right operand is 32 rows of 32 columns. In bf16 the left 16 columns stand before the
 // right ones, and the numbers of two rows next to each other, pair by pair; in fp32 it is as one
@@ -171,7 +201,22 @@ constexpr int64_t place(int64_t k, int64_t j) {
     return j / 16 * HALF + k / 2 * SIDE + j % 16 * 2 + k % 2;
 }
 
-// A step that 32 rows are.
+// A step that 32 rows are, and one whose columns 32 rows are; and 32 x 32 numbers, rows to columns.
+inline void step_of_rows(const float* from, int64_t stride, float* to) {
+    for (int k = 0; k < SIDE; k++)
+        std::memcpy(to + k * SIDE, from + k * stride, SIDE * sizeof(float));
+}
+inline void turn(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int i = 0; i < SIDE; i += LANES)
+        for (int k = 0; k < SIDE; k += LANES)
+            transpose(from + i * stride + k, stride * sizeof(float), to + k * to_stride + i,
+                      to_stride * sizeof(float));
+}
+inline void step_of_columns(const float* from, int64_t stride, float* to) {
+    turn(from, stride, to, SIDE);
+}
+
+#ifdef __AVX512F__
 inline void step_of_rows(const bf16* from, int64_t stride, bf16* to) {
     alignas(64) static constexpr uint16_t order[64] = {
         0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
@@ -184,36 +229,17 @@ inline void step_of_rows(const bf16* from, int64_t stride, bf16* to) {
         _mm512_storeu_si512(to + HALF + 32 * pair, _mm512_permutex2var_epi16(even, right, odd));
     }
 }
-inline void step_of_rows(const float* from, int64_t stride, float* to) {
-    for (int k = 0; k < SIDE; k++)
-        std::memcpy(to + k * SIDE, from + k * stride, SIDE * sizeof(float));
-}
-
-// A step whose columns 32 rows are.
-inline void step_of_columns(const bf16* from, int64_t stride, bf16* to) {
-    for (int half = 0; half < 2; half++)
-        transpose(from + 16 * half * stride, stride * sizeof(bf16), to + half * HALF, 64);
-}
-inline void step_of_columns(const float* from, int64_t stride, float* to) {
-    for (int i = 0; i < SIDE; i += 16)
-        for (int k = 0; k < SIDE; k += 16)
-            transpose(from + i * stride + k, stride * sizeof(float), to + k * SIDE + i,
-                      SIDE * sizeof(float));
-}
-
-// 32 x 32 numbers, rows to columns.
 inline void turn(const bf16* from, int64_t stride, bf16* to, int64_t to_stride) {
     alignas(64) bf16 step[PART];
     step_of_rows(from, stride, step);
     for (int half = 0; half < 2; half++)
         transpose(step + half * HALF, 64, to + 16 * half * to_stride, to_stride * sizeof(bf16));
 }
-inline void turn(const float* from, int64_t stride, float* to, int64_t to_stride) {
-    for (int i = 0; i < SIDE; i += 16)
-        for (int k = 0; k < SIDE; k += 16)
-            transpose(from + i * stride + k, stride * sizeof(float), to + k * to_stride + i,
-                      to_stride * sizeof(float));
+inline void step_of_columns(const bf16* from, int64_t stride, bf16* to) {
+    for (int half = 0; half < 2; half++)
+        transpose(from + 16 * half * stride, stride * sizeof(bf16), to + half * HALF, 64);
 }
+#endif
 
 // ----------------------------------------------------------------------------------- products
 
@@ -304,7 +330,15 @@ inline void multiply(const Rows<bf16>& rows, Operand<bf16> panel, int64_t steps,
 
 #else
 
+// What there are registers for: sums of rows of ACROSS vectors, and what is multiplied.
+#ifdef __AVX512F__
 constexpr int64_t CACHE = 1024 << 10;
+constexpr int MOST_ROWS = 11, ACROSS = 2;
+#else
+constexpr int64_t CACHE = 512 << 10;
+constexpr int MOST_ROWS = 6, ACROSS = 2;
+#endif
+constexpr int BAND = ACROSS * LANES;  // columns of such sums
 
 inline bool may_multiply() { return true; }
 
@@ -312,55 +346,53 @@ struct Units {};
 
 #ifdef __AVX512BF16__
 // sum + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] in each lane, of two rows of b that stand in pairs.
-inline __m512 plus_products(__m512 sum, const bf16* a, __m512 pairs) {
+inline Floats plus_products(Floats sum, const bf16* a, Floats pairs) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof pair);
-    return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(_mm512_set1_epi32(pair)),
-                            bits_of<__m512bh>(pairs));
+    return bits_of<Floats>(_mm512_dpbf16_ps(bits_of<__m512>(sum),
+                                            bits_of<__m512bh>(_mm512_set1_epi32(pair)),
+                                            bits_of<__m512bh>(pairs)));
 }
 #endif
-inline __m512 plus_products(__m512 sum, const float* a, __m512 row) {
-    return _mm512_fmadd_ps(_mm512_set1_ps(*a), row, sum);
-}
+inline Floats plus_products(Floats sum, const float* a, Floats row) { return sum + all(*a) * row; }
 
-// out [count, 32] = rows x panel, for as many rows as there are registers for sums. `lines` cache
-// lines of each step of what is multiplied next are fetched meanwhile.
+// out [count, BAND] = rows x a band of the panel, for as many rows as there are registers for
+// sums. `lines` cache lines of each step of what is multiplied next are fetched meanwhile.
 template <int count, class P>
 void multiply_some(const P* rows, int64_t stride, int64_t step, const P* panel, int64_t steps,
                    float* out, int64_t out_stride, const char* next, int64_t lines) {
     constexpr int at_once = sizeof(float) / sizeof(P);  // numbers of a row in a lane
-    constexpr int64_t right = place<P>(0, 16);
-    __m512 sums[count][2];
-    for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
+    Floats sums[count][ACROSS];
+    for (auto& of_row : sums)
+        for (Floats& sum : of_row) sum = Floats{};
     for (int64_t i = 0; i < steps; i++, rows += step, panel += PART, next += PART * sizeof(P)) {
         for (int64_t line = 0; line < lines; line++) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int k = 0; k < SIDE; k += at_once) {
-            const P* b = panel + place<P>(k, 0);
-            const __m512 left_16 = load_raw<__m512>(b), right_16 = load_raw<__m512>(b + right);
+            Floats b[ACROSS];
+            for (int j = 0; j < ACROSS; j++)
+                b[j] = load_raw<Floats>(panel + place<P>(k, j * LANES));
 #pragma GCC unroll 16
-            for (int r = 0; r < count; r++) {
-                sums[r][0] = plus_products(sums[r][0], rows + r * stride + k, left_16);
-                sums[r][1] = plus_products(sums[r][1], rows + r * stride + k, right_16);
-            }
+            for (int r = 0; r < count; r++)
+                for (int j = 0; j < ACROSS; j++)
+                    sums[r][j] = plus_products(sums[r][j], rows + r * stride + k, b[j]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < count; r++)
-        for (int half = 0; half < 2; half++)
-            _mm512_storeu_ps(out + r * out_stride + 16 * half, sums[r][half]);
+        for (int j = 0; j < ACROSS; j++) narrow(out + r * out_stride + j * LANES, sums[r][j]);
 }
 
 template <class P>
-inline void multiply_up_to_11(int64_t count, const P* rows, int64_t stride, int64_t step,
-                              const P* panel, int64_t steps, float* out, int64_t out_stride,
-                              const char* next, int64_t lines) {
-    using Some = void (*)(const P*, int64_t, int64_t, const P*, int64_t, float*, int64_t,
-                          const char*, int64_t);
-    static constexpr Some some[] = {
-        multiply_some<1, P>, multiply_some<2, P>, multiply_some<3, P>, multiply_some<4, P>,
-        multiply_some<5, P>, multiply_some<6, P>, multiply_some<7, P>, multiply_some<8, P>,
-        multiply_some<9, P>, multiply_some<10, P>, multiply_some<11, P>};
-    some[count - 1](rows, stride, step, panel, steps, out, out_stride, next, lines);
+using Some = void (*)(const P*, int64_t, int64_t, const P*, int64_t, float*, int64_t, const char*,
+                      int64_t);
+
+// That for any number of rows up to `most`.
+template <int most, class P>
+inline Some<P> multiply_up_to(int64_t count) {
+    if constexpr (most > 1)
+        if (count < most) return multiply_up_to<most - 1, P>(count);
+    return multiply_some<most, P>;
 }
 
 // out [count, 32] = rows x panel, over `steps` steps; behind the last row out stays as it is. The
@@ -371,16 +403,20 @@ inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int6
                      float* out, int64_t out_stride, const Number<X>* next, Between between) {
     for (int64_t i = 0; i < steps; i++) between(i);
     constexpr int64_t step_lines = PART * sizeof(Number<X>) / 64;
-    // 22 sums are as many as there are registers for, and 32 rows three times 10 or 11
-    const int64_t parts = (rows.count + 10) / 11;
+    // 32 rows in as even parts as there can be
+    const int64_t across = SIDE / BAND, down = (rows.count + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t parts = across * down;
     for (int64_t part = 0; part < parts; part++) {
-        const int64_t first = rows.count * part / parts, last = rows.count * (part + 1) / parts;
+        const int64_t first = rows.count * (part % down) / down;
+        const int64_t last = rows.count * (part % down + 1) / down;
+        const int64_t column = part / down * BAND;
         const int64_t line = step_lines * part / parts;
         const int64_t lines = next ? step_lines * (part + 1) / parts - line : 0;
-        multiply_up_to_11(last - first, rows.all.data + first * rows.stride, rows.stride,
-                          rows.step, panel.data, steps, out + first * out_stride, out_stride,
-                          reinterpret_cast<const char*>(next ? next : panel.data) + 64 * line,
-                          lines);
+        const auto some = multiply_up_to<MOST_ROWS, Number<X>>(last - first);
+        some(rows.all.data + first * rows.stride, rows.stride, rows.step,
+             panel.data + place<Number<X>>(0, column), steps, out + first * out_stride + column,
+             out_stride, reinterpret_cast<const char*>(next ? next : panel.data) + 64 * line,
+             lines);
     }
 }
 

@@ -1,11 +1,11 @@
-// What the kernels for CPUs are made of: vectors of 16 columns in fp32, exact sums over tokens,
+// What the kernels for CPUs are made of: vectors of columns in fp32, exact sums over tokens,
 // dropout's masks, activations, softmax.
 //
-// Rows are worked on in fp32, 16 columns at a time and one row after the other, in buffers that
-// the first-level cache holds. The 16 columns are one of the compiler's own vectors, which it
-// breaks up for CPUs whose registers are narrower. Sums over tokens are taken in blocks of rows
-// and then over blocks, both in a fixed order, so that the result depends neither on the number
-// of threads nor on their luck.
+// Rows are worked on in fp32, as many columns at a time as a register holds and one row after the
+// other, in buffers that the first-level cache holds. These columns are one of the compiler's own
+// vectors; of wider ones than the CPU's registers it makes slow code. Sums over tokens are taken
+// in blocks of rows and then over blocks, both in a fixed order, so that the result depends
+// neither on the number of threads nor on their luck.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -22,14 +22,20 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t BLOCK = 32;  // rows of a partial sum
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint64_t Longs __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 struct bf16 {
     uint16_t bits;
@@ -55,31 +61,54 @@ inline Floats widen(const bf16* from) {
 #ifdef __AVX512F__
     __m256i halves = load_raw<__m256i>(from);
     return bits_of<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-#endif
+#elif defined(__AVX2__)
+    __m128i halves = load_raw<__m128i>(from);
+    return bits_of<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#else
     return bits_of<Floats>(__builtin_convertvector(load_raw<Halves>(from), Words) << 16);
+#endif
 }
 inline Floats widen(const uint8_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return bits_of<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(
+        reinterpret_cast<const __m128i*>(from)))));
+#else
     return __builtin_convertvector(load_raw<Bytes>(from), Floats);
+#endif
 }
 
 inline void narrow(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 inline void narrow(bf16* to, Floats v) {
 #ifdef __AVX512BF16__
     __m256bh rounded = _mm512_cvtneps_pbh(bits_of<__m512>(v));
-    std::memcpy(to, &rounded, sizeof rounded);
 #else
     // to the nearest, ties to even; what arithmetic makes of not-a-number stays so
     Words bits = bits_of<Words>(v);
     Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
-    std::memcpy(to, &rounded, sizeof rounded);
 #endif
+    std::memcpy(to, &rounded, sizeof rounded);
 }
 inline void narrow(uint8_t* to, Floats v) {
-    Bytes cut = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes);
-    std::memcpy(to, &cut, sizeof cut);
+    const Ints cut = __builtin_convertvector(v, Ints);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i words = bits_of<__m256i>(cut);
+    const __m128i halves =
+        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+#else
+    const Bytes bytes = __builtin_convertvector(cut, Bytes);
+    std::memcpy(to, &bytes, sizeof bytes);
+#endif
 }
 
 inline Floats all(float value) { return value - Floats{}; }
+
+// 0, 1, 2, ...
+inline Ints lanes() {
+    Ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane;
+}
 
 // Both reduce lanes i and i + 8, then i and i + 4, and so on.
 inline float sum_of(Floats v) {
@@ -131,8 +160,7 @@ struct Part {
         std::memcpy(to, lanes, count * sizeof(X));
     }
     Floats only(Floats v, float other) const {
-        const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        return lane < int32_t(count) ? v : all(other);
+        return lanes() < int32_t(count) ? v : all(other);
     }
 };
 
@@ -277,6 +305,8 @@ struct Tanh {
 inline Longs times(Words v, uint32_t factor) {
 #ifdef __AVX512F__
     return bits_of<Longs>(_mm512_mul_epu32(bits_of<__m512i>(v), _mm512_set1_epi32(int(factor))));
+#elif defined(__AVX2__)
+    return bits_of<Longs>(_mm256_mul_epu32(bits_of<__m256i>(v), _mm256_set1_epi32(int(factor))));
 #else
     return (bits_of<Longs>(v) & 0xffffffffu) * uint64_t(factor);
 #endif
@@ -292,8 +322,7 @@ inline void multiply(Words v, uint32_t factor, Words* high, Words* low) {
 // The 16-bit numbers of one row: Philox4x32 with key seed + row and counters 0, 1, 2, ...
 // `numbers` has room for a multiple of 8 LANES of them.
 void draw(uint16_t* numbers, int64_t columns, int64_t key, int rounds) {
-    Words counter;
-    for (int i = 0; i < LANES; i++) counter[i] = i;
+    const Words counter = bits_of<Words>(lanes());
     for (int64_t first = 0; first * 8 < columns; first += LANES) {
         Words a = counter + uint32_t(first), b = {}, c = {}, d = {};
         uint32_t k0 = uint32_t(key), k1 = uint32_t(uint64_t(key) >> 32);
@@ -320,6 +349,23 @@ void draw(uint16_t* numbers, int64_t columns, int64_t key, int rounds) {
             _mm512_storeu_si512(to, _mm512_permutex2var_epi64(ab, first_half, cd));
             _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi64(ab, second_half, cd));
             to += 64;
+        }
+#elif defined(__AVX2__)
+        const auto low = [](auto one, auto other) {
+            return _mm256_unpacklo_epi32(bits_of<__m256i>(one), bits_of<__m256i>(other));
+        };
+        const auto high = [](auto one, auto other) {
+            return _mm256_unpackhi_epi32(bits_of<__m256i>(one), bits_of<__m256i>(other));
+        };
+        const __m256i ab = low(a, b), cd = low(c, d), ab_2 = high(a, b), cd_2 = high(c, d);
+        // of lanes 0 and 4, 1 and 5, 2 and 6, 3 and 7
+        const __m256i of_lanes[] = {_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd),
+                                    _mm256_unpacklo_epi64(ab_2, cd_2),
+                                    _mm256_unpackhi_epi64(ab_2, cd_2)};
+        for (int i = 0; i < 4; i++) {
+            std::memcpy(to + 8 * i, &of_lanes[i], 16);
+            const __m128i upper = _mm256_extracti128_si256(of_lanes[i], 1);
+            std::memcpy(to + 8 * (i + 4), &upper, 16);
         }
 #else
         for (int i = 0; i < LANES; i++) {

@@ -24,7 +24,7 @@ def built():
     if reason := library.unavailable():
         pytest.skip(reason)
     if not library.has_tiles():
-        pytest.skip("this CPU has no 512-bit vectors (AVX-512)")
+        pytest.skip("this CPU has no vectors of 256 bits that multiply and add (AVX2, FMA)")
 
 
 @pytest.fixture(autouse=True)
