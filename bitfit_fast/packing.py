@@ -20,7 +20,7 @@ __all__ = ["Budget", "FixedPacking", "Group", "Packing"]
 #: How much larger a group of sequences may become by padding them to their longest, and the
 #: number of elements that never matter.
 _SLACK, _FREE = 1.25, 32
-#: Attention pads to a multiple of this, the width of a CPU's vectors and tiles.
+#: Attention pads to a multiple of this, the width of the widest vectors.
 _MULTIPLE = 16
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "has_matrix_units",
     "has_tiles",
     "kind",
+    "lanes",
     "layout",
     "pointer",
     "unavailable",
@@ -154,6 +155,13 @@ def has_matrix_units() -> bool:
     """Return whether these are done by matrix units (AMX)."""
     library = _loaded()
     return not isinstance(library, str) and bool(library.bitfit_has_matrix_units())
+
+
+def lanes() -> int:
+    """Return how many fp32 numbers a vector has."""
+    library = _loaded()
+    assert not isinstance(library, str)
+    return int(library.bitfit_lanes())
 
 
 def layout(dtype: torch.dtype) -> tuple[int, torch.dtype]:

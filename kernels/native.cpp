@@ -334,6 +334,8 @@ void bitfit_kept(uint8_t* out, int64_t rows, int64_t columns, int threshold, int
     });
 }
 
+int bitfit_lanes() { return LANES; }
+
 int bitfit_has_tiles() {
 #ifdef BITFIT_TILES
     return may_multiply();

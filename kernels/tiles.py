@@ -38,6 +38,8 @@ _P, _L, _I, _F, _D = library.C_TYPES
 
 #: Of weights and heads' sizes, multiples are what these kernels take.
 SIDE = 32
+#: The width of layers from which on fp32 weights are not packed where products are as fast without.
+_WIDE = 512
 
 
 class _Weight(ctypes.Structure):
@@ -105,11 +107,14 @@ def beat_libraries(weight: Tensor) -> bool:
 
     With matrix units all do. With vectors those of bf16, which the libraries pack at each call,
     and without instructions for bf16 compute at a fifth of the speed of fp32, without AVX-512 at
-    a thirtieth; in fp32 the two are alike, and packed weights would take memory for little.
+    a thirtieth. In fp32 the two are alike, and packed weights would take memory for nothing; but
+    narrow layers gain as they run in one call, and with AVX2 nothing is lost with long batches.
     """
     if not library.has_tiles() or any(size % SIDE for size in weight.shape):
         return False
-    return weight.dtype == torch.bfloat16 or library.has_matrix_units()
+    if weight.dtype == torch.bfloat16 or library.has_matrix_units():
+        return True
+    return library.lanes() == 8 and min(weight.shape) < _WIDE
 
 
 def packed_bytes(operand: Tensor) -> int:

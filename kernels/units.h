@@ -114,7 +114,7 @@ inline Floats rounded(Floats v) {
 }
 #endif
 
-// 16 numbers of type X, `plane` from part to part.
+// A vector of numbers of type X, `plane` from part to part.
 template <class X>
 inline void split(Number<X>* to, [[maybe_unused]] int64_t plane, Floats v) {
 #ifdef BITFIT_AMX
@@ -126,7 +126,7 @@ inline void split(Number<X>* to, [[maybe_unused]] int64_t plane, Floats v) {
     narrow(to, v);
 }
 
-// 16 numbers that are there, or zeros.
+// A vector of numbers that are there, or zeros.
 template <class X, class From>
 inline void copy_parts(const From* from, Number<X>* to, int64_t plane) {
     if constexpr (std::is_same_v<From, Number<X>>) {
@@ -216,7 +216,7 @@ inline void step_of_columns(const float* from, int64_t stride, float* to) {
     turn(from, stride, to, SIDE);
 }
 
-#ifdef __AVX512F__
+#ifdef __AVX512BF16__
 inline void step_of_rows(const bf16* from, int64_t stride, bf16* to) {
     alignas(64) static constexpr uint16_t order[64] = {
         0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
@@ -330,14 +330,9 @@ inline void multiply(const Rows<bf16>& rows, Operand<bf16> panel, int64_t steps,
 
 #else
 
-// What there are registers for: sums of rows of ACROSS vectors, and what is multiplied.
-#ifdef __AVX512F__
-constexpr int64_t CACHE = 1024 << 10;
-constexpr int MOST_ROWS = 11, ACROSS = 2;
-#else
-constexpr int64_t CACHE = 512 << 10;
-constexpr int MOST_ROWS = 6, ACROSS = 2;
-#endif
+constexpr int64_t CACHE = (64 << 10) * LANES;
+// Rows of two vectors that there are registers for, 32 or 16, besides those that are multiplied.
+constexpr int MOST_ROWS = LANES == 16 ? 11 : 6, ACROSS = 2;
 constexpr int BAND = ACROSS * LANES;  // columns of such sums
 
 inline bool may_multiply() { return true; }
@@ -428,7 +423,7 @@ inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int6
     multiply<X>(rows, panel, steps, out, out_stride, nullptr, [](int64_t) {});
 }
 
-// Calls work(16 numbers, their row, their first column) for the real rows of a part.
+// Calls work(a vector of numbers, their row, their first column) for the real rows of a part.
 template <class Work>
 inline void each_vector(const float* part, int64_t row, int64_t count, int64_t column, Work work) {
     for (int64_t i = 0; i < count; i++)

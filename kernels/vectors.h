@@ -110,7 +110,7 @@ inline Ints lanes() {
     return lane;
 }
 
-// Both reduce lanes i and i + 8, then i and i + 4, and so on.
+// Both reduce lanes that are half a vector apart, then a quarter, and so on.
 inline float sum_of(Floats v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps(bits_of<__m512>(v));
@@ -131,7 +131,7 @@ inline float most_of(Floats v) {
 #endif
 }
 
-// All 16 columns of a step, or the first few where a row ends.
+// All columns of a step, or the first few where a row ends.
 struct Whole {
     template <class X>
     Floats load(const X* from) const {

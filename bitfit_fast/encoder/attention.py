@@ -1,8 +1,9 @@
 """Attention over packed sequences, by whatever does it best where the tensors are.
 
-On a GPU that is the Triton kernel. On a CPU, sequences of similar length are padded to one and
-go through batched products, which are what it is fast at, with the softmax between them in one
-pass. Nothing but q, k and v is kept for the backward pass.
+On a GPU that is the Triton kernel. On a CPU with tiles it is a pass of our own over each head; on
+others, sequences of similar length are padded to one and go through batched products, which are
+what they are fast at, with the softmax between them in one pass. Nothing but q, k and v is kept for
+the backward pass.
 """
 
 from __future__ import annotations

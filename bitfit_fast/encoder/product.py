@@ -30,8 +30,8 @@ def _prefers_onednn() -> bool:
     """Return whether oneDNN multiplies fp32 faster than PyTorch's choice, MKL.
 
     MKL leaves AVX-512 unused on CPUs of other makers, and took twice as long on an AMD EPYC that
-    has it; on one that does not, and on Intel's, the two are alike. By the maker, not by
-    measuring, as the choice decides the last bits of results.
+    has it; on one that does not it is a little faster, and on Intel's the two are alike. By the
+    maker, not by measuring, as the choice decides the last bits of results.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False

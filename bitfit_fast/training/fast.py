@@ -22,7 +22,7 @@ from ..selection import NO_GRADIENT, Selection
 from .fixed import LONGEST, FixedSteps, budgets, check_budget
 from .graph import Recorder
 from .heap import keep_freed_memory
-from .measure import multiplies_bf16
+from .measure import multiplies_bf16, slow_in
 from .settings import Plan
 
 __all__ = ["FastBackend", "FastStep"]
@@ -264,6 +264,11 @@ class FastBackend:
             said += f"\nwithout the kernels for CPUs, which makes it slow: {reason}"
         if plan.precision == "fp32" and multiplies_bf16(plan.device):
             said += "\nthis processor multiplies bf16, in which a step is faster (precision bf16)"
+        if slow := slow_in(plan.precision, plan.device):
+            encoder = encoder_of(model)
+            assert encoder is not None
+            if not encoder.stack.bytes_packed():  # then PyTorch multiplies
+                said += f"\n{slow}"
         return partial(unpatch, model), said
 
     def collate(self, tokenizer: Any, plan: Plan, kind: str = "sequence") -> Collate:

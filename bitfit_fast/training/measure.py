@@ -20,6 +20,7 @@ __all__ = [
     "multiplies_bf16",
     "peak_memory",
     "reset_peak_memory",
+    "slow_in",
 ]
 
 
@@ -63,8 +64,28 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Return whether the device has instructions that multiply bf16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    can = _instructions()
     return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def slow_in(precision: str, device: torch.device) -> str | None:
+    """Return what to tell someone who lets PyTorch compute in a precision that it is slow in.
+
+    Of an x86 processor; of others it is not known.
+    """
+    if precision == "fp32" or device.type != "cpu":
+        return None
+    if not _instructions().get("sse2") or multiplies_bf16(device):
+        return None
+    return (
+        "this processor has no instructions that multiply bf16: in PyTorch a step takes longer "
+        "in it than in fp32 (precision fp32)"
+    )
+
+
+def _instructions() -> Mapping[str, Any]:
+    """Return which sets of instructions the processor has, as far as PyTorch says."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def commit() -> str | None:

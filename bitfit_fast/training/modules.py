@@ -10,6 +10,7 @@ from torch import nn
 from ..additions import obstacle
 from ..patching import patch, unpatch
 from ..selection import WEIGHTS, Selection
+from .measure import slow_in
 from .reference import ReferenceBackend, without_memory_modes
 from .settings import Plan
 
@@ -31,5 +32,5 @@ class ModulesBackend(ReferenceBackend):
         self, model: nn.Module, selection: Selection, plan: Plan
     ) -> tuple[Callable[[], None], str]:
         """Replace linear layers and LayerNorms with frozen weights."""
-        done = patch(model, selection)
-        return partial(unpatch, model), str(done)
+        said = [str(patch(model, selection)), slow_in(plan.precision, plan.device)]
+        return partial(unpatch, model), "\n".join(filter(None, said))

@@ -19,6 +19,7 @@ from ..errors import listed
 from ..kinds import KINDS, forward
 from ..selection import NO_GRADIENT, Selection
 from .heap import keep_freed_memory
+from .measure import slow_in
 from .settings import Plan
 
 __all__ = ["ReferenceBackend", "ReferenceStep"]
@@ -117,7 +118,7 @@ class ReferenceBackend:
         self, model: nn.Module, selection: Selection, plan: Plan
     ) -> tuple[Callable[[], None], str]:
         """Leave the model as it is."""
-        return lambda: None, ""
+        return lambda: None, slow_in(plan.precision, plan.device) or ""
 
     def collate(self, tokenizer: Any, plan: Plan, kind: str = "sequence") -> Collate:
         """Pad each batch to its longest example."""

@@ -7,15 +7,15 @@ import torch
 
 from bitfit_fast import patch_encoder, select
 from bitfit_fast.encoder import encoder_of
-from bitfit_fast.encoder.product import Product
+from bitfit_fast.encoder.product import Product, _prefers_onednn
 from bitfit_fast.kernels import tiles
 
-pytestmark = pytest.mark.parametrize("backend", ["native", "torch"], indirect=True)
+of_both_backends = pytest.mark.parametrize("backend", ["native", "torch"], indirect=True)
 
 
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"])
 def library(request, monkeypatch):
-    """The library that multiplies fp32: PyTorch's choice, or oneDNN as on CPUs of other makers."""
+    """The library that multiplies fp32: PyTorch's choice, or oneDNN as with AMD's AVX-512."""
     if request.param and not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         pytest.skip("this PyTorch was built without oneDNN")
     monkeypatch.setattr("bitfit_fast.encoder.product._prefers_onednn", lambda: request.param)
@@ -23,6 +23,26 @@ def library(request, monkeypatch):
     return request.param
 
 
+_AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 {}\n\nvendor_id\t: AuthenticAMD\n"
+CPUS = {
+    "intel": ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f\n", False),
+    "amd": (_AMD.format("fma"), False),
+    "amd-avx512": (_AMD.format("avx512f"), True),
+    "arm": ("processor\t: 0\nFeatures\t: fp asimd\n", False),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_onednn_multiplies_where_mkl_leaves_vectors_unused(cpu, monkeypatch):
+    text, expected = CPUS[cpu]
+    for library in ("mkl", "mkldnn"):
+        monkeypatch.setattr(f"torch.backends.{library}.is_available", lambda: True)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *args, **options: text)
+    able = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    assert _prefers_onednn.__wrapped__() == (expected and able)
+
+
+@of_both_backends
 @pytest.mark.parametrize("rows", [0, 1, 70])
 @pytest.mark.parametrize("sizes", [(96, 64), (17, 33)])
 def test_forward_and_backward(rows, sizes, backend, library, as_exact):
@@ -41,12 +61,14 @@ def test_forward_and_backward(rows, sizes, backend, library, as_exact):
     as_exact(ours, theirs, {"y": y, "with b": y + b, "dx": dx, "onto": dx + start})
 
 
+@of_both_backends
 def test_a_part_has_some_of_the_rows(backend, library):
     product, x = Product(torch.randn(96, 64)), torch.randn(5, 64)
     whole = product(x)
     torch.testing.assert_close(product.part(32, 64)(x), whole[:, 32:64])
 
 
+@of_both_backends
 def test_loss_and_gradients(backend, library, case, measure, as_exact):
     each = case("bert", "ForSequenceClassification")
     patch_encoder(each.model, precision="fp32")
@@ -55,6 +77,7 @@ def test_loss_and_gradients(backend, library, case, measure, as_exact):
     as_exact(found, each.fp32, each.exact)
 
 
+@of_both_backends
 def test_what_ordered_weights_take_is_known_before(backend, library, build, batch, measure):
     model = build("bert")
     select(model)
@@ -72,6 +95,7 @@ def test_what_ordered_weights_take_is_known_before(backend, library, build, batc
         assert not ordered and not expected
 
 
+@of_both_backends
 def test_a_copied_model_orders_weights_of_its_own(backend, library, build, batch, measure):
     model = build("bert")
     select(model)

@@ -50,8 +50,8 @@ def test_loss_and_gradients(
     assert set(found) == set(each.exact)
     rule = RULES["bf16" if memory == "low" else precision]  # of 8 bits
     as_exact(found, getattr(each, precision), each.exact, **rule)
-    # in fp32 vectors are no faster than the libraries, and those multiply
-    ours = precision == "bf16" or library.has_matrix_units()
+    # in fp32 longer vectors are no faster than the libraries, and those multiply
+    ours = precision == "bf16" or library.has_matrix_units() or library.lanes() == 8
     whole = ours and family != "vit" and memory in ("fast", "low")
     if not whole:
         assert {"attention_fwd", "attention_bwd"} <= set(tiles)
@@ -202,11 +202,12 @@ def test_what_packed_weights_take_is_known_before(precision, backend, build, bat
     measure(model, batch(model))
     products = [product for at in layers for product in (at.qkv, at.out, at.up, at.down)]
     packed = [p.data for product in products for p in product._packed.values() if p is not None]
+    # of oneDNN's, those of the last layer's parts are none of the whole
+    products += encoder_of(model).stack.first_products()
     ordered = [weight for product in products for weight in product._ordered.values()]
     # the bottom layer's gradient goes no further than its queries
-    taken = sum(data.untyped_storage().nbytes() for data in packed) + sum(
-        weight.numel() * weight.element_size() for weight in ordered
-    )
+    taken = sum(data.untyped_storage().nbytes() for data in packed)
+    taken += sum(weight.numel() * weight.element_size() for weight in ordered)
     assert 0.8 * expected <= taken <= expected
 
 

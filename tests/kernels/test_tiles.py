@@ -299,3 +299,15 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("shape", [(384, 1536), (768, 768), (384, 40)])
+@of_both_dtypes
+def test_which_weights_are_packed(lanes, units, shape, dtype, monkeypatch):
+    monkeypatch.setattr(library, "lanes", lambda: lanes)
+    monkeypatch.setattr(library, "has_matrix_units", lambda: units)
+    narrow = lanes == 8 and min(shape) < 512
+    expected = not shape[1] % 32 and (dtype == BF16 or units or narrow)
+    assert tiles.beat_libraries(randn(*shape, dtype=dtype)) == expected

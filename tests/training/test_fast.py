@@ -125,3 +125,13 @@ def test_the_step_is_told_the_lengths_and_reads_no_mask(model, bert_folder, monk
     # padded on the left, other positions: another loss, by the model's own layers
     assert not torch.equal(*losses)
     assert "packed_lengths" not in batch
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_bf16_without_products_of_our_own_is_said_to_be_slow(ours, model, monkeypatch):
+    monkeypatch.setattr("bitfit_fast.training.fast.slow_in", lambda precision, device: "slow")
+    packed = property(lambda product: 64 * ours)
+    monkeypatch.setattr("bitfit_fast.encoder.product.Product.bytes_packed", packed)
+    undo, said = FastBackend().patch(model, bitfit_fast.Selection.of(model), PLAN)
+    undo()
+    assert said.endswith("\nslow") == (not ours)

@@ -151,3 +151,16 @@ def test_auto_takes_the_first_backend_that_does_not_refuse(model, monkeypatch):
     low = dataclasses.replace(plan(), memory="low")
     with pytest.raises(BitFitError, match=r"no backend can train .* memory modes, and 'low' is"):
         choose_backend("auto", model, bitfit_fast.Selection.of(model), low)
+
+
+@pytest.mark.parametrize("name", ["reference", "modules"])
+@pytest.mark.parametrize("able", ["avx2", "avx512_bf16", "neon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_who_trains_in_a_slow_precision_is_told(name, able, precision, model, monkeypatch):
+    x86 = {} if able == "neon" else {"sse2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, **x86}, raising=False)
+    undo, said = BACKENDS[name].patch(
+        model, bitfit_fast.Selection.of(model), plan(precision=precision)
+    )
+    undo()
+    assert ("no instructions" in said) == (able == "avx2" and precision == "bf16")
