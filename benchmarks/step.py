@@ -111,6 +111,7 @@ def check(
         facts["relative_error"] = short(error)
         if variant.group != "reference":
             theirs = found[_PYTORCH[variant.precision]]["relative_error"]
+            facts["relative_error_of_pytorch"] = theirs
             if not error <= 2 * theirs + _FLOOR[variant.precision]:
                 facts["error"] = f"gradients differ by {error:.2g}, PyTorch's by {theirs:.2g}"
 
