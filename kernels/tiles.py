@@ -107,8 +107,9 @@ def beat_libraries(weight: Tensor) -> bool:
 
     With matrix units all do. With vectors those of bf16, which the libraries pack at each call,
     and without instructions for bf16 compute at a fifth of the speed of fp32, without AVX-512 at
-    a thirtieth. In fp32 the two are alike, and packed weights would take memory for nothing; but
-    narrow layers gain as they run in one call, and with AVX2 nothing is lost with long batches.
+    a fraction of that. In fp32 the two are alike, and packed weights would take memory for
+    nothing; but narrow layers gain as they run in one call, and with AVX2 nothing is lost with long
+    batches.
     """
     if not library.has_tiles() or any(size % SIDE for size in weight.shape):
         return False
