@@ -618,6 +618,7 @@ def test_neither_repetition_nor_threads_change_a_bit(dtype):
 def test_a_cpu_with_vectors_of_128_bits_gets_right_results_too(monkeypatch):
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("this CPU is no x86-64")
+    wide = {dtype: everything(dtype) for dtype in DTYPES}
     flags = ["-march=x86-64" if f == "-march=native" else f for f in library._FLAGS]
     monkeypatch.setattr(library, "_FLAGS", tuple(flags))
     library._loaded.cache_clear()
@@ -630,5 +631,13 @@ def test_a_cpu_with_vectors_of_128_bits_gets_right_results_too(monkeypatch):
         for dtype, act in itertools.product(DTYPES, ACTIVATIONS):
             x, dh = randn(40, 37, dtype=dtype), randn(40, 37, dtype=dtype, seed=8)
             check_activation(act, x, dh, randn(37))
+        for dtype, expected in wide.items():
+            within = {"rtol": 2.0**-7, "atol": 2.0**-7} if dtype == torch.bfloat16 else {
+                "rtol": 1e-5, "atol": 1e-5}  # fmt: skip
+            for found, theirs in zip(everything(dtype), expected, strict=True):
+                if found.dtype == torch.uint8:  # a level, which may be the next one
+                    assert (found.int() - theirs.int()).abs().max() <= 1
+                else:
+                    torch.testing.assert_close(found, theirs, **within)
     finally:
         library._loaded.cache_clear()
