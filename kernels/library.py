@@ -32,6 +32,7 @@ __all__ = [
     "SLOPE",
     "call",
     "contiguous_rows",
+    "cpuinfo",
     "dropped",
     "has_matrix_units",
     "has_tiles",
@@ -97,13 +98,18 @@ _TILES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def cpuinfo() -> list[str]:
+    """Return the lines that Linux says of the CPU; none elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
 def _cpu() -> str:
     """Return what `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({ln for ln in lines if ln.startswith(("flags", "Features", "model"))}))
+    known = {ln for ln in cpuinfo() if ln.startswith(("flags", "Features", "model"))}
+    return "\n".join(sorted(known)) or platform.processor()
 
 
 def _build(compiler: str) -> Path:

@@ -146,16 +146,7 @@ inline void transpose(const void* from, int64_t stride, void* to, int64_t to_str
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++)
         r[i] = _mm512_loadu_si512(static_cast<const char*>(from) + i * stride);
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
+    for (int i = 0; i < 16; i += 4) turn_fours(r + i);
     for (int i = 0; i < 4; i++) {
         t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
@@ -173,21 +164,12 @@ inline void transpose(const void* from, int64_t stride, void* to, int64_t to_str
     __m256i r[8], t[8];
     for (int i = 0; i < 8; i++)
         r[i] = load_raw<__m256i>(static_cast<const char*>(from) + i * stride);
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    char* out = static_cast<char*>(to);
+    for (int i = 0; i < 8; i += 4) turn_fours(r + i);
     for (int i = 0; i < 4; i++) {
         t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
         t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
     }
+    char* out = static_cast<char*>(to);
     for (int i = 0; i < 8; i++) std::memcpy(out + i * to_stride, &t[i], sizeof t[i]);
 }
 #endif

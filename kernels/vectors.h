@@ -299,6 +299,32 @@ struct Tanh {
     }
 };
 
+// --------------------------------------------------------------------------- rows to columns
+
+#ifdef __AVX2__
+inline __m256i low_words(__m256i a, __m256i b) { return _mm256_unpacklo_epi32(a, b); }
+inline __m256i high_words(__m256i a, __m256i b) { return _mm256_unpackhi_epi32(a, b); }
+inline __m256i low_pairs(__m256i a, __m256i b) { return _mm256_unpacklo_epi64(a, b); }
+inline __m256i high_pairs(__m256i a, __m256i b) { return _mm256_unpackhi_epi64(a, b); }
+#ifdef __AVX512F__
+inline __m512i low_words(__m512i a, __m512i b) { return _mm512_unpacklo_epi32(a, b); }
+inline __m512i high_words(__m512i a, __m512i b) { return _mm512_unpackhi_epi32(a, b); }
+inline __m512i low_pairs(__m512i a, __m512i b) { return _mm512_unpacklo_epi64(a, b); }
+inline __m512i high_pairs(__m512i a, __m512i b) { return _mm512_unpackhi_epi64(a, b); }
+#endif
+
+// The 4 x 4 words of each 128 bits of four rows.
+template <class Row>
+inline void turn_fours(Row* r) {
+    const Row low = low_words(r[0], r[1]), high = high_words(r[0], r[1]);
+    const Row low_2 = low_words(r[2], r[3]), high_2 = high_words(r[2], r[3]);
+    r[0] = low_pairs(low, low_2);
+    r[1] = high_pairs(low, low_2);
+    r[2] = low_pairs(high, high_2);
+    r[3] = high_pairs(high, high_2);
+}
+#endif
+
 // ------------------------------------------------------------------------------------ dropout
 
 // Products of the even lanes, as 64-bit numbers.
@@ -351,17 +377,9 @@ void draw(uint16_t* numbers, int64_t columns, int64_t key, int rounds) {
             to += 64;
         }
 #elif defined(__AVX2__)
-        const auto low = [](auto one, auto other) {
-            return _mm256_unpacklo_epi32(bits_of<__m256i>(one), bits_of<__m256i>(other));
-        };
-        const auto high = [](auto one, auto other) {
-            return _mm256_unpackhi_epi32(bits_of<__m256i>(one), bits_of<__m256i>(other));
-        };
-        const __m256i ab = low(a, b), cd = low(c, d), ab_2 = high(a, b), cd_2 = high(c, d);
-        // of lanes 0 and 4, 1 and 5, 2 and 6, 3 and 7
-        const __m256i of_lanes[] = {_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd),
-                                    _mm256_unpacklo_epi64(ab_2, cd_2),
-                                    _mm256_unpackhi_epi64(ab_2, cd_2)};
+        __m256i of_lanes[] = {bits_of<__m256i>(a), bits_of<__m256i>(b), bits_of<__m256i>(c),
+                              bits_of<__m256i>(d)};
+        turn_fours(of_lanes);  // lanes 0 and 4, 1 and 5, 2 and 6, 3 and 7
         for (int i = 0; i < 4; i++) {
             std::memcpy(to + 8 * i, &of_lanes[i], 16);
             const __m128i upper = _mm256_extracti128_si256(of_lanes[i], 1);

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import native, tiles
+from ..kernels import library, native, tiles
 from ..ops._backend import uses_native, uses_triton
 from ..ops.activation import activation_fwd
 from ..ops.linear import linear_activation_bwd, linear_activation_fwd
@@ -37,13 +36,9 @@ def _prefers_onednn() -> bool:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    facts = {name.strip(): value.strip() for name, _, value in (ln.partition(":") for ln in lines)}
-    maker, flags = facts.get("vendor_id", "GenuineIntel"), facts.get("flags", "").split()
-    return maker != "GenuineIntel" and "avx512f" in flags
+    parts = (line.partition(":") for line in library.cpuinfo())
+    facts = {name.strip(): value.split() for name, _, value in parts}
+    return facts.get("vendor_id") != ["GenuineIntel"] and "avx512f" in facts.get("flags", ())
 
 
 class Product:

@@ -37,7 +37,7 @@ def test_onednn_multiplies_where_mkl_leaves_vectors_unused(cpu, monkeypatch):
     text, expected = CPUS[cpu]
     for library in ("mkl", "mkldnn"):
         monkeypatch.setattr(f"torch.backends.{library}.is_available", lambda: True)
-    monkeypatch.setattr("pathlib.Path.read_text", lambda *args, **options: text)
+    monkeypatch.setattr("bitfit_fast.kernels.library.cpuinfo", text.splitlines)
     able = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     assert _prefers_onednn.__wrapped__() == (expected and able)
 

@@ -632,12 +632,11 @@ def test_a_cpu_with_vectors_of_128_bits_gets_right_results_too(monkeypatch):
             x, dh = randn(40, 37, dtype=dtype), randn(40, 37, dtype=dtype, seed=8)
             check_activation(act, x, dh, randn(37))
         for dtype, expected in wide.items():
-            within = {"rtol": 2.0**-7, "atol": 2.0**-7} if dtype == torch.bfloat16 else {
-                "rtol": 1e-5, "atol": 1e-5}  # fmt: skip
+            within = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
             for found, theirs in zip(everything(dtype), expected, strict=True):
                 if found.dtype == torch.uint8:  # a level, which may be the next one
                     assert (found.int() - theirs.int()).abs().max() <= 1
                 else:
-                    torch.testing.assert_close(found, theirs, **within)
+                    torch.testing.assert_close(found, theirs, rtol=within, atol=within)
     finally:
         library._loaded.cache_clear()
