@@ -36,6 +36,9 @@ def train(rank, folder, patched, model, inputs):
         wrapped(**half).loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     save_file(grads, f"{folder}/gradients-{rank}.safetensors")
+    # were its reducer the last to hold the group, it would wait for the group's thread without
+    # giving up the interpreter's lock, which that thread may need to finish the last message
+    del wrapped
     distributed.barrier()
     distributed.destroy_process_group()
 

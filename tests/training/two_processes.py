@@ -4,6 +4,7 @@
 optimiser step, and how many numbers it sent, in files `KIND-PROCESSES-RANK.pt`.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -190,6 +191,7 @@ def run(folder, output, rank, processes):
         found = kind(folder, rank, processes, output) | {"messages": list(sent)}
         torch.save(found, f"{output}/{kind.__name__}-{processes}-{rank}.pt")
     if processes > 1:
+        gc.collect()  # wrappers of trainers, which may wait for ever if they end after the group
         distributed.barrier()
         distributed.destroy_process_group()
 
