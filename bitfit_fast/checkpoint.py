@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .errors import BitFitError, listed
 from .kinds import Kind, kind_of
 from .methods import METHODS
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
-from .selection import HEAD, Selection, head_names, trained_names
+from .selection import HEAD, Selection, head_names, is_patched, trained_names
 from .tensorfile import align, digest, read_tensors, saving, write_tensors
 
 __all__ = [
@@ -264,8 +264,8 @@ def load(
     Parameters
     ----------
     model : nn.Module
-        The base model with a head of the right size; changed in place, or not at all
-        where the checkpoint is refused. What `load` put into it before is taken out first.
+        The base model with a head of the right size; changed in place, or computing what it
+        did where the checkpoint is refused. What `load` put into it before is taken out first.
     checkpoint : str, PathLike or Checkpoint
         A file, a run's folder, or what `read` returned.
     any_base : bool
@@ -279,16 +279,24 @@ def load(
     Raises
     ------
     BitFitError
-        For a broken file, another base, or parameters that do not fit the model.
+        For a broken file, another base, parameters that do not fit the model, or a patched
+        model where the file adds something to its layers.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read(checkpoint)
     header, tensors = checkpoint.header, checkpoint.tensors
     kind = _kind(checkpoint)
-    own = {name: t for name, t in tensors.items() if kind is not None and kind.owns(name)}
+    made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
+    with _needed_options(made_for):
+        extra = None if kind is None else kind(header.method, header.options)
+    if extra is not None and is_patched(model):
+        raise BitFitError(
+            f"the model is patched, and method '{header.method}' of {checkpoint.path} changes what "
+            "its layers compute; unpatch the model first"
+        )
+    own = {name: t for name, t in tensors.items() if extra is not None and extra.owns(name)}
     tensors = {name: t for name, t in tensors.items() if name not in own}
     parameters = _base_parameters(model)
-    made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
     missing = [name for name in tensors if name not in parameters]
     if missing:
         raise BitFitError(
@@ -310,11 +318,16 @@ def load(
                 f"'{name}' with fingerprint {found[:12]}{same}; loading onto another base needs "
                 "any_base (--any-base)"
             )
+    held = _Held(model)
     if hasattr(model, _BACKUP):
         unload(model)
     remove(model)
-    if kind is not None:
-        _add(kind(header.method, header.options), model, own, made_for)
+    if extra is not None:
+        try:
+            _add(extra, model, own, made_for)
+        except BitFitError:
+            held.put_back(model)
+            raise
     parameters = _base_parameters(model)
     config: Any = getattr(model, "config", None)
     labels = header.labels if config is not None else None
@@ -324,13 +337,48 @@ def load(
     )
     align_weights(model)
     _put(model, tensors)
-    if (extra := addition(model)) is not None:
+    if extra is not None:
         extra.apply(model)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
     setattr(model, _BACKUP, backup)
     return header
+
+
+class _Held:
+    """What a model holds of a checkpoint or a method, for when another turns out not to fit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._backup: _Backup | None = getattr(model, _BACKUP, None)
+        self._extra = addition(model)
+        self._own = {name: t.detach().clone() for name, t in own_state(model).items()}
+        self._settled = self._extra is None or self._extra.settled
+        self._trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        config: Any = getattr(model, "config", None)
+        labelled = self._backup is not None and self._backup.labels is not None
+        self._labels = (config.id2label, config.label2id) if labelled else None
+        loaded = () if self._backup is None else self._backup.parameters
+        parameters = _base_parameters(model)
+        self._loaded = {name: parameters[name].detach().clone() for name in loaded}
+
+    def put_back(self, model: nn.Module) -> None:
+        """Let a model, from which it was taken out, hold it again."""
+        if self._extra is not None:
+            add(self._extra, model, head_names(model), self._own if self._settled else None)
+            places = own_state(model)
+            with torch.no_grad():
+                for name, tensor in self._own.items():
+                    places[name].copy_(tensor)
+            self._extra.apply(model)
+        _put(model, self._loaded)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self._trains)
+        if self._labels is not None:
+            config: Any = model.config
+            config.id2label, config.label2id = self._labels
+        if self._backup is not None:
+            setattr(model, _BACKUP, self._backup)
 
 
 def _kind(checkpoint: Checkpoint) -> type[Addition] | None:
@@ -344,12 +392,19 @@ def _kind(checkpoint: Checkpoint) -> type[Addition] | None:
     return METHODS[method].kind
 
 
-def _add(extra: Addition, model: nn.Module, own: Mapping[str, Tensor], made_for: str) -> None:
-    """Add what a method saved, or change nothing."""
+@contextlib.contextmanager
+def _needed_options(made_for: str) -> Iterator[None]:
+    """Refuse a checkpoint without an option that its method asks for."""
     try:
-        add(extra, model, head_names(model), own)
+        yield
     except KeyError as error:
         raise BitFitError(f"{made_for} with options that lack {error}") from None
+
+
+def _add(extra: Addition, model: nn.Module, own: Mapping[str, Tensor], made_for: str) -> None:
+    """Add what a method saved, or change nothing."""
+    with _needed_options(made_for):
+        add(extra, model, head_names(model), own)
     places = own_state(model)
     fits = places.keys() == own.keys() and all(places[n].shape == t.shape for n, t in own.items())
     if not fits:

@@ -22,6 +22,7 @@ __all__ = [
     "Selection",
     "Trained",
     "head_names",
+    "is_patched",
     "parse_layers",
     "parse_terms",
     "refuse_choice",
@@ -353,13 +354,18 @@ def _head_names(model: nn.Module, head: bool | Sequence[str]) -> set[str]:
 
 def _check_free(model: nn.Module) -> None:
     """Refuse a model in which something else is in place already."""
-    if hasattr(model, NO_GRADIENT):
+    if is_patched(model):
         raise BitFitError("the model is patched; unpatch it before another selection")
     if (extra := addition(model)) is not None:
         raise BitFitError(
             f"the model has what method '{extra.method}' added to it; take a fresh one, or "
             "bitfit_fast.methods.remove it, before another selection"
         )
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Tell whether `patch` or `patch_encoder` changed the model."""
+    return hasattr(model, NO_GRADIENT)
 
 
 def _train_only(
@@ -420,24 +426,33 @@ def select(
 
 
 def select_full(
-    model: nn.Module, terms: str | Iterable[str] = "all", layers: Any = None, head: bool = True
+    model: nn.Module,
+    terms: str | Iterable[str] = "all",
+    layers: Any = None,
+    head: bool | Sequence[str] = True,
 ) -> Selection:
     """Let every parameter train, or all but the head."""
     refuse_choice("full", terms, layers)
     _check_free(model)
     names = {name for name, _ in model.named_parameters()}
-    return _train_only(model, names if head else names & _below_head(model))
+    if isinstance(head, bool):
+        return _train_only(model, names if head else names & _below_head(model))
+    return _train_only(model, names, frozenset(_head_names(model, head)))
 
 
 def select_frozen(
-    model: nn.Module, terms: str | Iterable[str] = "all", layers: Any = None, head: bool = True
+    model: nn.Module,
+    terms: str | Iterable[str] = "all",
+    layers: Any = None,
+    head: bool | Sequence[str] = True,
 ) -> Selection:
     """Let the head alone train."""
     refuse_choice("frozen", terms, layers)
     if not head:
         raise BitFitError("method 'frozen' trains only the head, so it cannot go without it")
     _check_free(model)
-    return _train_only(model, _head_names(model, True))
+    names = _head_names(model, head)
+    return _train_only(model, names, frozenset() if isinstance(head, bool) else frozenset(names))
 
 
 def select_added(model: nn.Module, extra: Addition, head: bool | Sequence[str] = True) -> Selection:

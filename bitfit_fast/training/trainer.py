@@ -28,7 +28,7 @@ from ..checkpoint import fingerprint, save, stored
 from ..encoder import MEMORY, PRECISIONS, encoder_of
 from ..errors import BitFitError, listed
 from ..patching import patch, patch_encoder, unpatch
-from ..selection import NO_GRADIENT, Selection, select
+from ..selection import Selection, is_patched, select
 from .fixed import LONGEST, budgets, check_budget
 from .graph import Recorder
 from .in_arena import InArena, OverArena, without_wrapper
@@ -69,9 +69,9 @@ class BitFitTrainer(Trainer):
     model, args, *rest, **options
         As for `transformers.Trainer`. With `args.bf16` the encoder computes in bf16, without
         in fp32. A model in which parameters are frozen already keeps that selection, unless
-        one of the next three says otherwise.
-    terms, layers, head
-        What trains, as for `select`.
+        one of the next three is given.
+    terms, layers, head : optional
+        What trains, as for `select`, and with its defaults.
     memory : str
         How much the encoder keeps for the backward pass, as for `patch_encoder`; `fast` is
         `lowest` where `args` ask for gradient checkpointing.
@@ -108,9 +108,9 @@ class BitFitTrainer(Trainer):
         model: Any = None,
         args: Any = None,
         *rest: Any,
-        terms: str | Iterable[str] = "all",
-        layers: str | Sequence[int] | None = None,
-        head: bool | Sequence[str] = True,
+        terms: str | Iterable[str] | None = None,
+        layers: str | int | Iterable[int] | None = None,
+        head: bool | Sequence[str] | None = None,
         memory: str = "fast",
         graph: bool = True,
         token_budget: Sequence[int] | None = None,
@@ -121,7 +121,8 @@ class BitFitTrainer(Trainer):
         budget = None if token_budget is None else tuple(token_budget)
         self.memory, self.graph = memory, graph
         self.token_budget = Settings(token_budget=budget).token_budget
-        self._choice = {"terms": terms, "layers": layers, "head": head}
+        choice = {"terms": terms, "layers": layers, "head": head}
+        self._choice: Any = {key: value for key, value in choice.items() if value is not None}
         #: What ends with `train`; None outside of it
         self._ends: contextlib.ExitStack | None = None
         #: What trains, while it lies in an arena
@@ -131,9 +132,9 @@ class BitFitTrainer(Trainer):
         self._passes_size: int | None = None
         self._fingerprint: str | None = None
         self._said: set[str] = set()
-        if model is not None:
-            self._select(model)
         super().__init__(model, args, *rest, **options)
+        if model is not None:  # else `call_model_init` did
+            self._select(model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model, and select what trains."""
@@ -148,9 +149,8 @@ class BitFitTrainer(Trainer):
                 f"BitFitTrainer cannot train method '{extra.method}', whose gates and penalty "
                 "only bitfit_fast.train knows"
             )
-        chosen = self._choice != {"terms": "all", "layers": None, "head": True}
-        if chosen or not _is_selected(model):
-            select(model, **self._choice)  # type: ignore[arg-type]
+        if self._choice or not _is_selected(model):
+            select(model, **self._choice)
 
     def _say(self, level: int, text: str) -> None:
         if text not in self._said and self.args.process_index == 0:
@@ -224,7 +224,7 @@ class BitFitTrainer(Trainer):
     def _make_fast(self, ends: contextlib.ExitStack, wraps: bool) -> None:
         """Patch the model as far as it can be, until training ends."""
         model = self.model
-        if _is_patched(model):
+        if is_patched(model):
             return
         reason, method = encoder_obstacle(self), Selection.of(model).method
         if reason is None and wraps:
@@ -381,7 +381,7 @@ class BitFitTrainer(Trainer):
     @contextlib.contextmanager
     def _fast_encoder(self) -> Iterator[None]:
         model = self.model
-        if self._ends is not None or _is_patched(model) or not self._evaluates_fast():
+        if self._ends is not None or is_patched(model) or not self._evaluates_fast():
             yield
             return
         self._say(logging.INFO, self._patch_encoder())
@@ -437,18 +437,15 @@ class BitFitTrainer(Trainer):
         try:
             yield
         finally:
-            patch_encoder(model, None, dtypes[encoder.stack.dtype], encoder.stack.memory)
+            precision, stack = dtypes[encoder.stack.dtype], encoder.stack
+            patch_encoder(model, None, precision, stack.memory, encoder.reads_padding)
             if self._trained is not None:
                 self._trained.take_gradients()
 
 
-def _is_patched(model: nn.Module) -> bool:
-    return hasattr(model, NO_GRADIENT)
-
-
 def _is_selected(model: nn.Module) -> bool:
     """Return whether a weight or bias is frozen; tables of positions always are in some models."""
-    return _is_patched(model) or any(
+    return is_patched(model) or any(
         not parameter.requires_grad
         for module in model.modules()
         if not isinstance(module, nn.Embedding)

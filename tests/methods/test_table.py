@@ -46,7 +46,7 @@ def refused(call, *arguments, **options):
 def settle(model, move):
     """Bring a method to where its result can be saved."""
     extra = bitfit_fast.additions.addition(model)
-    if not extra.settled:
+    if extra is not None and not extra.settled:
         move(model)
         assert extra.advance(model, 5, 10)
     return model
@@ -333,11 +333,15 @@ def altered(path, tmp_path, change):
     return tmp_path / "altered.safetensors"
 
 
-def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path):
+@pytest.mark.parametrize("holds", [None, "bitfit", *ADDED])
+def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logits, holds):
     _, lora = trained("lora")
     _, random = trained("random-uniform")
     base = fresh()
-    before = state_of(base)
+    bare = state_of(base)
+    if holds is not None:
+        load(base, trained(holds)[1])
+    before, computed, selection = state_of(base), logits(base), Selection.of(base)
 
     def unknown(header, tensors):
         header["method"] = "telepathy"
@@ -364,7 +368,45 @@ def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path):
     ):
         assert message in refused(load, base, altered(path, tmp_path, change))
         assert same(base, before)
-    assert "nothing to unload" in refused(unload, base)
+        assert torch.equal(logits(base), computed)
+        assert Selection.of(base) == selection
+    if holds is None:
+        assert "nothing to unload" in refused(unload, base)
+    else:
+        unload(base)
+        assert same(base, bare)
+
+
+def test_what_trains_is_there_after_a_file_that_does_not_fit(trained, fresh, move, tmp_path):
+    def other_rank(header, tensors):
+        header["options"]["rank"] = 4
+
+    file = altered(trained("lora")[1], tmp_path, other_rank)
+    for method in ADDED:
+        model = fresh()
+        selection = prepare(model, method)
+        extra = bitfit_fast.additions.addition(model)
+        extra.apply(move(model))
+        before, settled = state_of(model), extra.settled
+        refused(load, model, file)
+        assert same(model, before)
+        assert Selection.of(model) == selection
+        assert bitfit_fast.additions.addition(model).settled == settled
+
+
+@pytest.mark.parametrize("patch", [bitfit_fast.patch, bitfit_fast.patch_encoder])
+def test_what_changes_the_layers_is_not_loaded_into_a_patched_model(trained, fresh, logits, patch):
+    model = fresh()
+    bitfit_fast.select(model)
+    patch(model)
+    before, computed = state_of(model), logits(model)
+    for method in ADDED:
+        text = refused(load, model, trained(method)[1])
+        assert text.startswith(f"the model is patched, and method '{method}' of ")
+        assert same(model, before)
+    assert torch.equal(logits(model), computed)
+    bitfit_fast.unpatch(model)
+    load(model, trained("lora")[1])
 
 
 def test_what_is_not_settled_is_not_saved(fresh, tmp_path):
@@ -383,6 +425,19 @@ def test_the_head_may_stay_as_it_is_or_be_named(fresh):
     selection = prepare(model, "random-uniform", head=["bert.pooler", "classifier"])
     assert selection.counts["head"] == 66 + 32 * 33
     assert selection.head_parameters == 66 + 32 * 33
+
+
+def test_a_named_head_is_what_stays_to_train(fresh):
+    model = fresh()
+    assert prepare(model, "frozen", head=["classifier.bias"]).names == ("classifier.bias",)
+    selection = prepare(model, "frozen", head=["bert.pooler", "classifier"])
+    assert selection.method == "frozen" and selection.head_parameters == 66 + 32 * 33
+    full = prepare(model, "full", head=["bert.pooler", "classifier"])
+    assert full.total == sum(p.numel() for p in model.parameters())
+    assert full.method == "full" and full.head_parameters == 66 + 32 * 33
+    assert "begins with 'telepathy'" in refused(prepare, model, "full", head=["telepathy"])
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    assert prepare(plain, "frozen", head=["1."]).names == ("1.weight", "1.bias")
 
 
 @pytest.mark.parametrize(

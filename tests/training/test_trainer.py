@@ -178,8 +178,18 @@ def test_a_selection_that_was_made_is_kept(build, trainer):
         "bert.encoder.layer.1.attention.self.value.bias"
     ]
     assert isinstance(other, Trainer)
+    probe = build()
+    select(probe, "query", head=False)
+    trainer(BitFitTrainer, probe, given={"terms": "all"})  # what is said counts, be it the default
+    assert len([p for p in probe.parameters() if p.requires_grad]) > 2
+    plain = build()
+    flags = [p.requires_grad for p in plain.parameters()]
     with pytest.raises(BitFitError, match="unknown term"):
-        trainer(BitFitTrainer, build(), given={"terms": "lm-head-layernorm"})
+        trainer(BitFitTrainer, plain, given={"terms": "lm-head-layernorm"})
+    assert flags == [p.requires_grad for p in plain.parameters()]
+    with pytest.raises(TypeError):
+        trainer(BitFitTrainer, plain, given={"no_such_option": 1})
+    assert flags == [p.requires_grad for p in plain.parameters()]
     with pytest.raises(BitFitError, match="memory mode 'little'"):
         trainer(BitFitTrainer, build(), given={"memory": "little"})
 
@@ -328,6 +338,18 @@ def test_the_best_model_is_there_in_the_end(build, trainer, tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in values(ours.model).items())
     assert ours.evaluate()["eval_loss"] == pytest.approx(losses.min().item(), abs=1e-6)
     assert_plain(ours.model)
+
+
+def test_what_a_user_patched_is_patched_alike_after_other_weights_came(build, trainer, tmp_path):
+    whole = trainer(BitFitTrainer, build(), save_strategy="steps", save_steps=4)
+    whole.train()
+    model = build(selected=True)
+    patch_encoder(model, precision="bf16", memory="low", reads_padding=True)
+    resumed = trainer(BitFitTrainer, model, folder="other")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    encoder = encoder_of(model)
+    assert encoder.reads_padding and encoder.stack.memory == "low"
+    assert encoder.stack.dtype == torch.bfloat16
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
