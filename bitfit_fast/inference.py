@@ -76,7 +76,7 @@ def task_of(
             text_columns=text_columns,
             label_column=label_column,
             labels=header.labels,
-            regression=header.labels is None,
+            regression=header.labels is None if kind.name == "sequence" else None,
             kinds=(split,),
             task_kind=kind.name,
             labelled=labelled,
@@ -90,7 +90,9 @@ def task_of(
                 f"{checkpoint.path} was trained on files of its own; name one with --file"
             )
         options = {key: info[key] for key in _SOURCE if key in info and task_name(name) == "squad"}
-        data = load_task(name, data_dir=data_dir, labels=header.labels, kinds=(split,), **options)
+        if task_name(name) == "pos":
+            options["labels"] = header.labels
+        data = load_task(name, data_dir=data_dir, kinds=(split,), **options)
     if data.kind != kind.name:
         raise BitFitError(
             f"the task {data.name} is a {data.kind} task, and {checkpoint.path} was trained for "

@@ -29,7 +29,7 @@ from .models.loading import align_weights, ensure_padding
 from .selection import Selection
 from .training.backends import BACKENDS
 from .training.checks import check_length, check_outputs, choose_device
-from .training.settings import Plan, Settings
+from .training.settings import MIN_STEPS, Plan, Settings
 
 __all__ = ["Parity", "Row", "compare"]
 
@@ -249,7 +249,9 @@ def compare(
     check_length(settings.max_length, model, tokenizer)
     ensure_padding(model, tokenizer)
     device = choose_device(settings.device)
-    plan = Plan.of(replace(settings, max_steps=max(steps, 500)), selection.method, 1, device)
+    # the schedule is that of a run no shorter than BitFit needs, whatever else was asked for
+    settings = replace(settings, epochs=None, max_steps=max(steps, MIN_STEPS))
+    plan = Plan.of(settings, selection.method, 1, device)
     if (refusal := BACKENDS["fast"].refusal(model, selection, plan)) is not None:
         raise BitFitError(f"backend 'fast' cannot train this model: {refusal}")
     model.to(device).eval()

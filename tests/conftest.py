@@ -55,6 +55,12 @@ SMALL = {
 }
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say so where whole models ran without the kernels that users' do on a CPU."""
+    if (reason := library.unavailable()) is not None:
+        terminalreporter.write_line(f"whole models ran PyTorch's operations: {reason}", yellow=True)
+
+
 def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: bool):
     """Return a whole-word tokenizer with BERT's or RoBERTa's special tokens."""
     special = [pad, cls, sep, "[UNK]"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,13 @@ def test_parity_is_found_and_shown(things):
     assert not model.training  # as it came
     assert found.table().row_count < found.table(by_layer=True).row_count
     assert json.loads(json.dumps(found.as_json()))["failures"] == []
+
+
+def test_the_number_of_epochs_is_no_matter(things):
+    found = [
+        parity.compare(*things(), replace(SMALL, epochs=epochs), steps=6) for epochs in (None, 1)
+    ]
+    assert found[0].losses == found[1].losses
 
 
 def test_a_wrong_gradient_is_no_parity(things, monkeypatch):

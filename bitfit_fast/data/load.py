@@ -18,6 +18,7 @@ from .task import TaskData
 __all__ = ["SPLITS", "TASKS", "kind_of_files", "load_task", "task_name"]
 
 _REVIEWS, _SQUAD, _POS = "reviews", "squad", "pos"
+_SHARE = "a validation share is of the task 'squad' from one file"
 
 #: Names of the built-in tasks.
 TASKS = (*GLUE, _SQUAD, _POS, _REVIEWS)
@@ -136,7 +137,7 @@ def load_task(
             raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
         if data_dir is not None:
             raise BitFitError(f"files take no data folder, got {data_dir}")
-        _refuse_share(validation_share, "files")
+        _refuse(validation_share, _SHARE, "files")
         # columns are of labelled texts
         implied = "sequence" if text_columns or label_column else None
         kind = kind_of_files(list(files.values()), task_kind or implied)
@@ -147,7 +148,9 @@ def load_task(
             )
         if text_columns or label_column:
             raise BitFitError(f"text and label columns are of labelled texts, not of {kind} files")
+        _refuse(regression, "regression is of labelled texts", f"{kind} files")
         if kind == "span":
+            _refuse(labels, "labels are of labelled texts and tags", "span files")
             return load_span_files(files, labelled)
         return load_tag_files(files, labels, labelled)
     if text_columns or label_column:
@@ -155,10 +158,13 @@ def load_task(
     if task_kind is not None:
         raise BitFitError(f"the task kind is of files; the task '{task}' has its own")
     name = task_name(task)
+    _refuse(regression, "regression is of files of labelled texts", f"the task '{name}'")
+    if name != _POS:
+        _refuse(labels, "labels are of files and of the task 'pos'", f"the task '{name}'")
     folder = None if data_dir is None else Path(data_dir)
     if name == _SQUAD:
         return load_squad(folder, tuple(kinds), validation_share, split_seed)
-    _refuse_share(validation_share, f"the task '{name}'")
+    _refuse(validation_share, _SHARE, f"the task '{name}'")
     if name == _POS:
         return load_pos(folder, tuple(kinds), labels)
     if name == _REVIEWS:
@@ -168,6 +174,6 @@ def load_task(
     return load_glue(name, folder, tuple(kinds))
 
 
-def _refuse_share(share: float | None, what: str) -> None:
-    if share is not None:
-        raise BitFitError(f"a validation share is of the task 'squad' from one file, not of {what}")
+def _refuse(given: object, what: str, here: str) -> None:
+    if given is not None:
+        raise BitFitError(f"{what}, not of {here}")

@@ -170,7 +170,8 @@ def load_model(
     labels : sequence of str, or None
         Names of classes or tags in index order; None for a regression head, and for spans.
     seed : int
-        Seed of a new head's weights, and of whatever else the files do not hold.
+        Seed of a new head's weights, and of whatever else the files do not hold. PyTorch's
+        random state stays as it is.
     kind : str
         `sequence`, `span` or `token`, as `TaskData.kind` has it.
 
@@ -192,22 +193,23 @@ def load_model(
     row = _row(kind)
     if labels is not None and len(labels) < 2:
         raise BitFitError(f"a classification needs two labels or more, not {len(labels)}")
-    torch.manual_seed(seed)
     # that the head is new is no news here, and a failure is told in one sentence
     reports = logging.getLogger("transformers")
     level = reports.level
     reports.setLevel(logging.ERROR)
     try:
-        model, report = _load(
-            "model",
-            name,
-            _auto_class(row).from_pretrained,
-            dtype=torch.float32,
-            use_safetensors=True,  # never a pickle
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **row.configure(labels),
-        )
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
+            model, report = _load(
+                "model",
+                name,
+                _auto_class(row).from_pretrained,
+                dtype=torch.float32,
+                use_safetensors=True,  # never a pickle
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **row.configure(labels),
+            )
     finally:
         reports.setLevel(level)
     _check_base(model, name, report)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,7 @@ from ..data.task import TaskData
 from ..errors import BitFitError, listed
 from ..methods import METHODS, prepare
 from ..models.loading import describe_model
-from ..training.settings import DEFAULT_EPOCHS, MIN_STEPS, Settings
+from ..training.settings import DEFAULT_EPOCHS, Settings, step_count
 from .grid import Budget, Grid, MethodEntry, Search, Study, TaskEntry
 from .terms import symbols
 
@@ -311,17 +310,13 @@ def _settings(grid: Grid, values: Mapping[str, Any], available: int, examples: i
         train_examples=examples if examples < available else None,
         validate_once=True,
     )
-    limits = [settings.max_steps] if settings.max_steps else []
     per_epoch = -(-available // settings.batch_size)
     if grid.equal == "epochs" and not grid.budgets:
         # as many as the steps are of the whole set
-        epochs = [steps / per_epoch for steps in limits]
+        epochs = [settings.max_steps / per_epoch] if settings.max_steps else []
         epochs += [settings.epochs] if settings.epochs else []
         return replace(settings, epochs=min(epochs, default=float(DEFAULT_EPOCHS)), max_steps=None)
-    if settings.epochs:
-        limits.append(math.ceil(settings.epochs * per_epoch))
-    steps = min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))
-    return replace(settings, epochs=None, max_steps=steps)
+    return replace(settings, epochs=None, max_steps=step_count(settings, per_epoch))
 
 
 def expand(study: Study, lengths: Mapping[str, int]) -> Plan:

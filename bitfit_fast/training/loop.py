@@ -374,6 +374,8 @@ def train(
         selected parameter without a gradient, or a loss that is not finite (the last good
         checkpoint is kept).
     """
+    if resume and output is None:
+        raise BitFitError("resume goes on with the run in an output folder; name it (output)")
     folder = None if output is None else RunFolder(Path(output))
     if folder:
         folder.check(resume, overwrite)

@@ -14,7 +14,7 @@ from ..errors import BitFitError, BitFitWarning, listed
 from ..kinds import KINDS, Kind
 from ..methods import METHODS
 
-__all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings", "low_rate"]
+__all__ = ["MIN_STEPS", "PAPER_LR", "SCHEDULES", "Plan", "Settings", "low_rate", "step_count"]
 
 #: Fewer optimiser steps than this are the commonest cause of a poor BitFit run.
 MIN_STEPS = 500
@@ -68,10 +68,11 @@ class Settings:
     schedule : str
         `linear` (down to zero) or `constant`.
     seed : int
-        Of the head's weights, the order of the examples, dropout, and the subset of
-        `train_fraction`.
+        Of the order of the examples, dropout, and the subset of `train_fraction`; on the
+        command line and in studies of a new head's weights, too.
     precision : str
-        `fp32`, or `bf16` for autocast; trained parameters and optimiser are fp32 in both.
+        `fp32`, or `bf16`: autocast, and with the backend `fast` one copy of the layers' frozen
+        weights in it; trained parameters and optimiser are fp32 in both.
     train_fraction : float
         Share of the training set to use, in (0, 1].
     train_examples : int, optional
@@ -204,6 +205,14 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if not (k in _OF_KINDS and v is None)}
 
 
+def step_count(settings: Settings, per_epoch: int) -> int:
+    """Return how many steps a run takes whose epochs have `per_epoch` each."""
+    limits = [settings.max_steps] if settings.max_steps else []
+    if settings.epochs:
+        limits.append(math.ceil(settings.epochs * per_epoch))
+    return min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will do, every default filled in.
@@ -245,10 +254,7 @@ class Plan:
         known to do poorly.
         """
         per_epoch = -(-examples // settings.batch_size)
-        limits = [settings.max_steps] if settings.max_steps else []
-        if settings.epochs:
-            limits.append(math.ceil(settings.epochs * per_epoch))
-        steps = min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))
+        steps = step_count(settings, per_epoch)
         lr = settings.lr or METHODS[method].lr
         if method == "bitfit":
             low, high = PAPER_LR
@@ -283,4 +289,4 @@ class Plan:
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.lr * SCHEDULES[self.schedule](progress)
+        return self.lr * SCHEDULES[self.schedule](min(1.0, progress))

@@ -140,3 +140,36 @@ def test_an_unknown_split_names_the_valid_ones(kind, rte):
     assert fails("rte", data_dir=rte, kinds=("train", kind)) == (
         f"unknown split '{kind}'; valid ones are train, validation, test"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"labels": ["a", "b"]},
+            "labels are of files and of the task 'pos', not of the task 'rte'",
+        ),
+        (
+            {"regression": True},
+            "regression is of files of labelled texts, not of the task 'rte'",
+        ),
+        (
+            {"validation_share": 0.5},
+            "a validation share is of the task 'squad' from one file, not of the task 'rte'",
+        ),
+    ],
+)
+def test_an_option_of_other_sources_is_refused(rte, given, message):
+    assert fails("rte", data_dir=rte, **given) == message
+
+
+def test_options_of_texts_are_refused_for_other_files(tmp_path):
+    tags, questions = tmp_path / "train.conllu", tmp_path / "train.jsonl"
+    tags.write_text("1\ta\t_\tX\n\n")
+    questions.write_text('{"question": "q", "context": "c"}\n')
+    assert fails(train_file=tags, task_kind="token", regression=False) == (
+        "regression is of labelled texts, not of token files"
+    )
+    assert fails(train_file=questions, task_kind="span", labels=["a", "b"]) == (
+        "labels are of labelled texts and tags, not of span files"
+    )

@@ -294,6 +294,13 @@ def test_a_seed_makes_a_head(bert_folder):
     assert not torch.equal(head(3), head(4))
 
 
+def test_loading_leaves_the_random_state_alone(bert_folder):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load_model(str(bert_folder), ["no", "yes"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("labels", [(), ("only",)])
 def test_fewer_than_two_labels_are_no_classification(bert_folder, labels):
     assert "two labels or more" in refusal(load_model, str(bert_folder), labels)

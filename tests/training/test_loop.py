@@ -176,6 +176,8 @@ def test_a_finished_run_resumes_to_its_summary(bert_folder, tmp_path):
     model, tokenizer = fresh(bert_folder)
     second = bitfit_fast.train(model, tokenizer, DATA, SETTINGS, tmp_path / "run", resume=True)
     assert second["final"] == first["final"]
+    with pytest.raises(BitFitError, match="resume goes on with the run in an output folder"):
+        bitfit_fast.train(model, tokenizer, DATA, SETTINGS, resume=True)
 
 
 def test_resuming_under_other_settings_or_on_another_base_is_refused(bert_folder, tmp_path):
