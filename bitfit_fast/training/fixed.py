@@ -187,7 +187,9 @@ class _Inputs:
             given, labels = pinned(batch["labels"], self.device), self.others["labels"]
             if self._by_token:
                 labels.fill_(IGNORED)
-                labels = labels[:, : given.shape[1]]
+                # either may be the wider one: padding has no labels, and a batch may have much
+                width = min(labels.shape[1], given.shape[1])
+                labels, given = labels[:, :width], given[:, :width]
             labels.copy_(given, non_blocking=True)
 
     def _load_tokens(self, batch: Batch, lengths: Sequence[int], budget: Budget, lr: float) -> None:

@@ -100,6 +100,21 @@ def test_in_bf16_masks_are_the_same_and_rounding_differs(steps, batch, family):
     assert_same(both(made, batch(made[0].model)), 1e-2)
 
 
+@pytest.mark.parametrize("head", [SEQUENCE, TOKEN])
+def test_a_batch_padded_further_than_any_sequence_of_its_budget(steps, batch, head):
+    made = steps(head=head, max_position_embeddings=128)
+    inputs = batch(made[0].model, BATCHES[0])
+    fills = {"labels": -100}
+    padded = {
+        name: torch.nn.functional.pad(t, (0, 100 - t.shape[1]), value=fills.get(name, 0))
+        if t.ndim == 2 else t for name, t in inputs.items()
+    }  # fmt: skip
+    assert padded["input_ids"].shape == (6, 100)
+    assert_same(both(made, padded))
+    ((inputs_of_fixed, *_),) = made[1].fixed._made.values()
+    assert inputs_of_fixed.budget.longest < 100
+
+
 @pytest.mark.parametrize("terms", ["embedding-layernorm", "query", "output-layernorm"])
 def test_where_the_backward_pass_ends_early(steps, batch, terms):
     made = steps(terms=terms)
