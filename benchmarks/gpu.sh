@@ -43,8 +43,8 @@ part() { # name, seconds, command: its end goes to the screen
     local began=$SECONDS status=0 before
     echo "== $name: $*" >>"$log"
     before=$(wc -l <"$log")
-    # what an interrupt does not stop is killed
-    timeout --signal=INT --kill-after=10 "$limit" "${hears[@]}" "$@" >>"$log" 2>&1 || status=$?
+    # what an interrupt does not stop is killed; processes of tests have 10 s to end by themselves
+    timeout --signal=INT --kill-after=20 "$limit" "${hears[@]}" "$@" >>"$log" 2>&1 || status=$?
     tail -n "+$((before + 1))" "$log" | tail -n 5
     echo "== $name: exit status $status after $((SECONDS - began)) s"
     [ "$status" -eq 0 ] || failed+=("$name")
@@ -54,8 +54,8 @@ if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
     tests=(tests/kernels/test_dropout.py)
 else
     # whole encoders and captured steps first; compiling ahead of time, the kernels for CPUs and
-    # PyTorch's definitions need no GPU
-    tests=(-k "triton or kernels or training")
+    # PyTorch's definitions need no GPU, nor do most tests of steps
+    tests=(-k "triton or kernels or gpu")
     tests+=(tests/encoder/test_kernels.py tests/training/test_{graph,passes,reference}.py)
     for tested in tests/kernels/test_*.py; do
         case $tested in
@@ -65,15 +65,15 @@ else
     done
     tests+=(tests/ops tests/modules)
 fi
-# on a GPU most of their time is compilation, which cores share; what processes measure that share
-# the GPU, too, is not for the benchmarks
+# on a GPU most of their time is compilation, which cores share: not of kernels for the CPU, too;
+# what processes measure that share the GPU is not for the benchmarks
 alone=()
 if command -v nvidia-smi >/dev/null && "$python" -c 'import xdist' 2>/dev/null; then
     # few at a time, or one process gets all of the first
     tests+=(-n 14 --maxschedchunk 2)
-    alone=(env XDG_CACHE_HOME="$scratch")
+    alone=(env CXX=false XDG_CACHE_HOME="$scratch")
 fi
-part tests 100 "${alone[@]}" "$python" -m pytest "${tests[@]}" -q -p no:cacheprovider --durations=10 \
+part tests 100 "${alone[@]}" "$python" -m pytest "${tests[@]}" -v -p no:cacheprovider --durations=10 \
     --junitxml="$out/gpu-tests.xml"
 touch "$scratch/began"
 
@@ -110,8 +110,8 @@ if [ "$out/kernels-$device.json" -nt "$scratch/began" ]; then
     timeout $((25 * patience)) "$python" benchmarks/plot.py "$out/kernels-$device.json" --output "$scratch" ||
         failed+=(table)
 fi
-# which needs no GPU
-part cost-model 20 "$python" benchmarks/cost_model.py --model $model --output "$out/cost-model-$device.json"
+# which needs neither a GPU nor the kernels for CPUs
+part cost-model 20 env CXX=false "$python" benchmarks/cost_model.py --model $model --output "$out/cost-model-$device.json"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"
     exit 1

@@ -149,7 +149,11 @@ def _found(
         return times
     try:
         times = _times(ours, other)
-    except (TritonError, torch.OutOfMemoryError):
+    except (TritonError, RuntimeError) as error:
+        # of a pass of its compiler that fails, Triton says this and no more
+        unfit = isinstance(error, (TritonError, torch.OutOfMemoryError))
+        if not unfit and "PassManager" not in str(error):
+            raise
         return math.inf, 0.0
     if file is not None:
         with contextlib.suppress(OSError):  # the next run measures again

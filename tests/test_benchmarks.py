@@ -241,6 +241,16 @@ step.main()
 """
 
 
+def test_what_takes_long_to_make_ready_comes_last(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from step import soonest_first
+
+    names = ["autocast", "autocast-compiled", "full-fp32", "lora-fp32", "fast-bf16", "bf16"]
+    assert soonest_first(names) == [
+        "autocast", "fast-bf16", "bf16", "full-fp32", "lora-fp32", "autocast-compiled"
+    ]  # fmt: skip
+
+
 def test_an_interrupted_run_times_what_was_ready(tmp_path):
     output = tmp_path / "step.json"
     names = "fp32", "autocast", "fast-fp32"

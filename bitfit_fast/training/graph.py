@@ -30,7 +30,8 @@ class Recorder:
 
     All graphs share one pool of memory. That is safe as long as nothing inside of it is looked
     at after a replay, which the next graph may overwrite: results are to be copied to tensors
-    made elsewhere.
+    made elsewhere. All that are captured on a device share libraries' memory, too, and are to be
+    replayed one after another.
 
     Parameters
     ----------

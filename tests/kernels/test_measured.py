@@ -118,8 +118,9 @@ def test_nothing_is_measured_where_the_device_may_not_be_waited_for(
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         OutOfResources(300_000, 232_448, "shared memory"),
+        RuntimeError("PassManager::run failed"),
     ],
-    ids=["memory", "resources"],
+    ids=["memory", "resources", "compiler"],
 )
 def test_what_cannot_run_is_left_to_the_other_for_good(folder, timed, monkeypatch, error):
     def fails():
