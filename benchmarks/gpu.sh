@@ -51,7 +51,7 @@ part() { # name, seconds, command: its end goes to the screen
 }
 
 if [ "${BITFIT_FAST_QUICK:-}" = 1 ]; then
-    tests=(tests/kernels/test_dropout.py)
+    tests=(tests/kernels/test_reduce.py)
 else
     # whole encoders and captured steps first; compiling ahead of time, the kernels for CPUs and
     # PyTorch's definitions need no GPU, nor do most tests of steps

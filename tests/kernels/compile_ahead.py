@@ -196,11 +196,12 @@ def launches_of_layer_norm(name, m, n, usual):
 def launches_of_products(odd):
     """Yield products with an activation, in high and in low tiles; a width changes none of them.
 
-    All activations where odd sizes are asked for, too, and elsewhere the one that takes the most
-    registers; GELU in fp32 and at odd sizes.
+    All activations where odd sizes are asked for, too, in the high tiles; in the low ones, where
+    they differ by few registers, and elsewhere the longest; GELU in fp32 and at odd sizes.
     """
-    usual = tuple(activation.ACTIVATIONS) if odd else ("gelu_tanh",)
-    sizes = [("bf16", m, BERT, usual) for m in (ROWS, ROWS // 8)]
+    most = ("gelu_tanh",)
+    sizes = [("bf16", ROWS, BERT, tuple(activation.ACTIVATIONS) if odd else most)]
+    sizes += [("bf16", ROWS // 8, BERT, most)]
     sizes += [("fp32", ROWS, BERT, ("gelu",)), *(("bf16", *shape, ("gelu",)) for shape in odd[-1:])]
     for name, m, n, acts in sizes:
         at, dtype = f"{name} {m}x{n}", DTYPES[name]
