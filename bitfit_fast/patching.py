@@ -306,7 +306,8 @@ def patch_encoder(
     ------
     BitFitError
         If the model is patched or wrapped already, or cannot run so: says what is missing.
-        Later, at the next batch, if a frozen weight has changed.
+        Later, at the next batch, if a frozen weight has changed; what is written through its
+        `data` in place leaves no trace to see that by.
     """
     _refuse_patched(model)
     encoder = install(model, precision, memory, reads_padding=reads_padding)

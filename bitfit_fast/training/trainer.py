@@ -249,6 +249,7 @@ class BitFitTrainer(Trainer):
         """Return the options of AdamW if the arena's can take its place."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if optimizer is not None and not isinstance(optimizer, OverArena):
+            self._say(logging.INFO, f"{type(optimizer).__name__} updates each parameter by itself")
             return None
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args, self.model

@@ -295,7 +295,7 @@ def test_other_optimisers_are_left_alone(build, trainer, changes):
     assert_plain(ours.model)
 
 
-def test_a_scheduler_and_an_optimiser_of_ones_own(build, trainer):
+def test_a_scheduler_and_an_optimiser_of_ones_own(build, trainer, caplog):
     def run(kind, model):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.RMSprop(trained, lr=1e-3)
@@ -304,8 +304,11 @@ def test_a_scheduler_and_an_optimiser_of_ones_own(build, trainer):
         one.train()
         return logged(one, "loss", "learning_rate")
 
-    theirs, ours = run(Trainer, build(selected=True)), run(BitFitTrainer, build(selected=True))
+    theirs = run(Trainer, build(selected=True))
+    with caplog.at_level(logging.INFO, "bitfit_fast.training.trainer"):
+        ours = run(BitFitTrainer, build(selected=True))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert "RMSprop updates each parameter by itself" in caplog.messages
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(build, trainer, tmp_path):
