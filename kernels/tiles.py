@@ -154,7 +154,7 @@ def linear(
     x: Tensor, weight: Packed, b: Tensor | None = None, onto: Tensor | None = None
 ) -> Tensor:
     """Return `x W + b`, or `x W` added to `onto`, in place; all of one dtype but b."""
-    assert onto is None or onto.is_contiguous()
+    assert x.shape[1] == weight.depth and (onto is None or onto.is_contiguous())
     x, b = library.contiguous_rows(x), library.vector(b)
     y = x.new_empty(x.shape[0], weight.columns) if onto is None else onto
     library.call(
@@ -175,6 +175,7 @@ def linear_activation(
     x: Tensor, weight: Packed, b: Tensor | None, act: str, few_bits: bool, keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return act(x W + b), and act' if it is to be kept, in the dtype of x or in 8 bits."""
+    assert x.shape[1] == weight.depth
     x, b = library.contiguous_rows(x), library.vector(b)
     h = x.new_empty(x.shape[0], weight.columns)
     kept = _room_for_slopes(x, weight.columns, few_bits) if keeps else None
@@ -198,6 +199,7 @@ def linear_activation_bwd(
     dy: Tensor, weight: Packed, kept: Tensor, b: Tensor | None, act: str, is_slope: bool
 ) -> tuple[Tensor, Tensor]:
     """Return `dz = (dy W) act'`, and its sum over tokens; `kept` as in `activation_bwd`."""
+    assert dy.shape[1] == weight.depth and kept.shape == (len(dy), weight.columns)
     dy, b = library.contiguous_rows(dy), library.vector(b)
     dz = dy.new_empty(kept.shape)
     db = dy.new_empty(weight.columns, dtype=torch.float32)
