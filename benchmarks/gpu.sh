@@ -65,8 +65,8 @@ else
     done
     tests+=(tests/ops tests/modules)
 fi
-# on a GPU most of their time is compilation, which cores share: not of kernels for the CPU, too;
-# what processes measure that share the GPU is not for the benchmarks
+# on a GPU most of their time is compilation, which cores share, and which that of the kernels for
+# CPUs is left out of; what is measured by processes that share the GPU is not for the benchmarks
 alone=()
 if command -v nvidia-smi >/dev/null && "$python" -c 'import xdist' 2>/dev/null; then
     # few at a time, or one process gets all of the first

@@ -154,9 +154,10 @@ def linear(
     x: Tensor, weight: Packed, b: Tensor | None = None, onto: Tensor | None = None
 ) -> Tensor:
     """Return `x W + b`, or `x W` added to `onto`, in place; all of one dtype but b."""
-    assert x.shape[1] == weight.depth and (onto is None or onto.is_contiguous())
+    assert x.shape[1] == weight.depth
     x, b = library.contiguous_rows(x), library.vector(b)
     y = x.new_empty(x.shape[0], weight.columns) if onto is None else onto
+    assert y.is_contiguous() and y.shape == (len(x), weight.columns)
     library.call(
         "linear",
         _type(x),
@@ -334,6 +335,11 @@ def _layer_end(
     kept: Sequence[Tensor],
     outputs: tuple[Tensor | None, ...],
 ) -> None:
+    width = inputs[0].shape[1]
+    first, second = (weights[2], weights[1]) if which else weights[1:]
+    assert all(t.is_contiguous() and t.shape == inputs[0].shape for t in inputs)
+    assert weights[0].depth == weights[0].columns == first.depth == second.columns == width
+    assert first.columns == second.depth
     out, up, down = (weight.address for weight in weights)
     hat, rstd, slope, end_hat, end_rstd = kept or (None,) * 5
     structs = norms[0].struct(hat, rstd), _slopes(slope, act), norms[1].struct(end_hat, end_rstd)

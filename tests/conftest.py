@@ -55,9 +55,10 @@ SMALL = {
 }
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     """Say so where whole models ran without the kernels that users' do on a CPU."""
-    if (reason := library.unavailable()) is not None:
+    ran = not torch.cuda.is_available() and not config.option.collectonly
+    if ran and (reason := library.unavailable()) is not None:
         terminalreporter.write_line(f"whole models ran PyTorch's operations: {reason}", yellow=True)
 
 

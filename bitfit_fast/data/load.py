@@ -107,8 +107,8 @@ def load_task(
     text_columns, label_column : sequence of str, str
         Columns of labelled texts, by default `text` and `label`; two text columns make a pair.
     labels : sequence of str, optional
-        Of files and of `pos`: classes or tags in index order; by default those of the
-        training set, sorted.
+        Of files of texts or tags and of `pos`: classes or tags in index order; by default those
+        of the training set, sorted.
     regression : bool, optional
         Of labelled texts: see `bitfit_fast.data.files.load_files`.
     kinds : sequence of str

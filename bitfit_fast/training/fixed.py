@@ -184,13 +184,13 @@ class _Inputs:
             assert lengths is not None
             self._load_tokens(batch, lengths, self.budget, lr)
         if "labels" in self.others and not self._rides(batch):
-            given, labels = pinned(batch["labels"], self.device), self.others["labels"]
+            given, labels = batch["labels"], self.others["labels"]
             if self._by_token:
                 labels.fill_(IGNORED)
                 # either may be the wider one: padding has no labels, and a batch may have much
                 width = min(labels.shape[1], given.shape[1])
                 labels, given = labels[:, :width], given[:, :width]
-            labels.copy_(given, non_blocking=True)
+            labels.copy_(pinned(given, self.device), non_blocking=True)
 
     def _load_tokens(self, batch: Batch, lengths: Sequence[int], budget: Budget, lr: float) -> None:
         ids = batch["input_ids"]

@@ -370,8 +370,8 @@ def train(
     Raises
     ------
     BitFitError
-        For settings that the model cannot take, an output folder that holds a run, a
-        selected parameter without a gradient, or a loss that is not finite (the last good
+        For settings that the model cannot take, an output folder that holds a run, nothing to
+        resume, a selected parameter without a gradient, or a loss that is not finite (the last good
         checkpoint is kept).
     """
     if resume and output is None:

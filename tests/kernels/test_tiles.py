@@ -56,6 +56,29 @@ def judge(ours, pytorch, exact, roundings=2, label=""):
     assert error <= 2 * theirs + roundings * torch.finfo(ours.dtype).eps * size, (label, error)
 
 
+def test_rows_of_another_length_are_refused():
+    """They would be read beyond their end."""
+    weight, act = tiles.pack(randn(64, 96)), "gelu"
+    kept = randn(8, 96)
+    for x in (randn(8, 96), randn(8, 32)):
+        with pytest.raises(AssertionError):
+            tiles.linear(x, weight)
+        with pytest.raises(AssertionError):
+            tiles.linear_activation(x, weight, None, act, False, True)
+        with pytest.raises(AssertionError):
+            tiles.linear_activation_bwd(x, weight, kept, None, act, False)
+    with pytest.raises(AssertionError):
+        tiles.linear(randn(8, 64), weight, onto=randn(8, 64))
+    norms = [tiles.Norm(*[torch.ones(64)] * 3, 1e-12, 0.0, None)] * 2
+    square, wide, narrow = (tiles.pack(randn(*s)) for s in ((64, 64), (64, 96), (96, 64)))
+    x = randn(8, 64)
+    for weights in ((square, narrow, wide), (wide, wide, narrow), (square, wide, wide)):
+        with pytest.raises(AssertionError):
+            tiles.layer_end(x, x, weights, norms, None, act, False, False)
+    with pytest.raises(AssertionError):
+        tiles.layer_end(randn(8, 96), x, (square, wide, narrow), norms, None, act, False, False)
+
+
 def unpacked(packed):
     """Return `[planes, K, N]` of what was packed."""
     panels, steps = packed.columns // 32, packed.depth // 32

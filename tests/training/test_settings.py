@@ -45,6 +45,7 @@ def test_linear_schedule_warms_up_over_6_percent_and_falls_to_zero():
     plan = Plan.of(Settings(max_steps=1000), "bitfit", 1600)
     assert plan.warmup_steps == 60
     rates = [plan.lr_at(t) for t in range(1000)]
+    assert plan.lr_at(1500) == 0.0
     assert rates[0] == pytest.approx(1e-3 / 60)
     assert max(rates) == rates[59] == 1e-3
     assert rates[60:] == sorted(rates[60:], reverse=True)
