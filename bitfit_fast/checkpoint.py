@@ -21,7 +21,9 @@ from .additions import Addition, add, addition, base_name, fold, own_state, remo
 from .errors import BitFitError, listed
 from .kinds import Kind, kind_of
 from .methods import METHODS
+from .methods.table import option_values
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
+from .random_state import device_of, seeded
 from .selection import HEAD, Selection, head_names, is_patched, trained_names
 from .tensorfile import align, digest, read_tensors, saving, write_tensors
 
@@ -264,8 +266,9 @@ def load(
     Parameters
     ----------
     model : nn.Module
-        The base model with a head of the right size; changed in place, or computing what it
-        did where the checkpoint is refused. What `load` put into it before is taken out first.
+        The base model with a head of the right size; changed in place. What `load` or a method
+        put into it before is taken out first. Where the checkpoint is refused the model holds
+        what it did, of methods as new parameters, which an optimiser has to be given anew.
     checkpoint : str, PathLike or Checkpoint
         A file, a run's folder, or what `read` returned.
     any_base : bool
@@ -287,8 +290,7 @@ def load(
     header, tensors = checkpoint.header, checkpoint.tensors
     kind = _kind(checkpoint)
     made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
-    with _needed_options(made_for):
-        extra = None if kind is None else kind(header.method, header.options)
+    extra = None if kind is None else _made(kind, header, made_for)
     if extra is not None and is_patched(model):
         raise BitFitError(
             f"the model is patched, and method '{header.method}' of {checkpoint.path} changes what "
@@ -318,32 +320,45 @@ def load(
                 f"'{name}' with fingerprint {found[:12]}{same}; loading onto another base needs "
                 "any_base (--any-base)"
             )
-    held = _Held(model)
-    if hasattr(model, _BACKUP):
-        unload(model)
-    remove(model)
-    if extra is not None:
-        try:
+    # only of what a method adds it shows late that it does not fit
+    with contextlib.nullcontext() if extra is None else _as_before_on_failure(model):
+        if hasattr(model, _BACKUP):
+            unload(model)
+        remove(model)
+        if extra is not None:
             _add(extra, model, own, made_for)
-        except BitFitError:
-            held.put_back(model)
-            raise
-    parameters = _base_parameters(model)
-    config: Any = getattr(model, "config", None)
-    labels = header.labels if config is not None else None
-    backup = _Backup(
-        {name: parameters[name].detach().clone() for name in tensors},
-        (config.id2label, config.label2id) if labels else None,
-    )
-    align_weights(model)
-    _put(model, tensors)
-    if extra is not None:
-        extra.apply(model)
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-    setattr(model, _BACKUP, backup)
+        parameters = _base_parameters(model)
+        config: Any = getattr(model, "config", None)
+        labels = header.labels if config is not None else None
+        backup = _Backup(
+            {name: parameters[name].detach().clone() for name in tensors},
+            (config.id2label, config.label2id) if labels else None,
+        )
+        setattr(model, _BACKUP, backup)
+        align_weights(model)
+        _put(model, tensors)
+        if extra is not None:
+            extra.apply(model)
+        if labels:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
     return header
+
+
+@contextlib.contextmanager
+def _as_before_on_failure(model: nn.Module) -> Iterator[None]:
+    """Let a model hold what it held, where an exchange for something else does not end."""
+    held = _Held(model)
+    try:
+        with seeded(0, device_of(model)):  # what is drawn for new parameters is written over
+            yield
+    except BaseException:
+        if hasattr(model, _BACKUP):
+            unload(model)
+        remove(model)
+        with seeded(0, device_of(model)):
+            held.put_back(model)
+        raise
 
 
 class _Held:
@@ -392,19 +407,28 @@ def _kind(checkpoint: Checkpoint) -> type[Addition] | None:
     return METHODS[method].kind
 
 
-@contextlib.contextmanager
-def _needed_options(made_for: str) -> Iterator[None]:
-    """Refuse a checkpoint without an option that its method asks for."""
+def _made(kind: type[Addition], header: Header, made_for: str) -> Addition:
+    """Return what a checkpoint's method puts into a model, or refuse its options."""
+    known = METHODS[header.method].options
     try:
-        yield
+        option_values(header.method, known, {k: v for k, v in header.options.items() if k in known})
+        return kind(header.method, header.options)
+    except BitFitError as error:
+        raise BitFitError(f"{made_for}; {error}") from None
     except KeyError as error:
-        raise BitFitError(f"{made_for} with options that lack {error}") from None
+        raise BitFitError(_lacking(made_for, error)) from None
+
+
+def _lacking(made_for: str, error: KeyError) -> str:
+    return f"{made_for} with options that lack {error}"
 
 
 def _add(extra: Addition, model: nn.Module, own: Mapping[str, Tensor], made_for: str) -> None:
     """Add what a method saved, or change nothing."""
-    with _needed_options(made_for):
+    try:
         add(extra, model, head_names(model), own)
+    except KeyError as error:
+        raise BitFitError(_lacking(made_for, error)) from None
     places = own_state(model)
     fits = places.keys() == own.keys() and all(places[n].shape == t.shape for n, t in own.items())
     if not fits:

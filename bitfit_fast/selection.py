@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -31,6 +32,7 @@ __all__ = [
     "select_frozen",
     "select_full",
     "trained_names",
+    "undone_on_failure",
 ]
 
 #: Terms that stand for what is not a bias of the base model.
@@ -368,6 +370,18 @@ def is_patched(model: nn.Module) -> bool:
     return hasattr(model, NO_GRADIENT)
 
 
+@contextlib.contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Let what a model's parameters are chosen for be as it was, where something goes wrong."""
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    chosen: frozenset[str] = getattr(model, _CHOSEN_HEAD, frozenset())
+    try:
+        yield
+    except BaseException:
+        _train_only(model, trains, chosen)
+        raise
+
+
 def _train_only(
     model: nn.Module, names: set[str], chosen_head: frozenset[str] = frozenset()
 ) -> Selection:
@@ -431,11 +445,11 @@ def select_full(
     layers: Any = None,
     head: bool | Sequence[str] = True,
 ) -> Selection:
-    """Let every parameter train, or all but the head."""
+    """Let every parameter train, or all but the head; names say which part is the head."""
     refuse_choice("full", terms, layers)
     _check_free(model)
     names = {name for name, _ in model.named_parameters()}
-    if isinstance(head, bool):
+    if isinstance(head, bool) or not head:
         return _train_only(model, names if head else names & _below_head(model))
     return _train_only(model, names, frozenset(_head_names(model, head)))
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..additions import Addition
 from ..errors import BitFitError, listed
+from ..random_state import device_of, seeded
 from ..selection import Selection, refuse_choice, select, select_added, select_frozen, select_full
 from .adapters import Adapters
 from .diff_pruning import DiffPruning
@@ -75,8 +75,7 @@ def _added(
     ) -> Selection:
         refuse_choice(name, terms, layers)
         extra = kind(name, {**option_values(name, options, given), "seed": seed})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, device_of(model)):
             return select_added(model, extra, head)
 
     return name, Method(choose, lr, summary, options, kind)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import BitFitError, BitFitWarning, listed
 from ..kinds import KINDS, Kind
+from ..random_state import seeded
 from ..tensorfile import ALIGNMENT
 from .families import head_prefix
 
@@ -198,8 +199,7 @@ def load_model(
     level = reports.level
     reports.setLevel(logging.ERROR)
     try:
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed, torch.get_default_device()):
             model, report = _load(
                 "model",
                 name,

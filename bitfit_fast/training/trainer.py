@@ -28,7 +28,7 @@ from ..checkpoint import fingerprint, save, stored
 from ..encoder import MEMORY, PRECISIONS, encoder_of
 from ..errors import BitFitError, listed
 from ..patching import patch, patch_encoder, unpatch
-from ..selection import Selection, is_patched, select
+from ..selection import Selection, is_patched, select, undone_on_failure
 from .fixed import LONGEST, budgets, check_budget
 from .graph import Recorder
 from .in_arena import InArena, OverArena, without_wrapper
@@ -132,9 +132,10 @@ class BitFitTrainer(Trainer):
         self._passes_size: int | None = None
         self._fingerprint: str | None = None
         self._said: set[str] = set()
-        super().__init__(model, args, *rest, **options)
-        if model is not None:  # else `call_model_init` did
-            self._select(model)
+        with contextlib.nullcontext() if model is None else undone_on_failure(model):
+            if model is not None:  # else `call_model_init` does
+                self._select(model)
+            super().__init__(model, args, *rest, **options)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model, and select what trains."""

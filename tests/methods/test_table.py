@@ -333,7 +333,9 @@ def altered(path, tmp_path, change):
     return tmp_path / "altered.safetensors"
 
 
-@pytest.mark.parametrize("holds", [None, "bitfit", *ADDED])
+@pytest.mark.parametrize(
+    "holds", [None, "bitfit", "random-uniform", "diff-pruning", "adapters", "lora", "prefix-tuning"]
+)
 def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logits, holds):
     _, lora = trained("lora")
     _, random = trained("random-uniform")
@@ -342,6 +344,7 @@ def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logi
     if holds is not None:
         load(base, trained(holds)[1])
     before, computed, selection = state_of(base), logits(base), Selection.of(base)
+    random_state = torch.get_rng_state()
 
     def unknown(header, tensors):
         header["method"] = "telepathy"
@@ -351,6 +354,9 @@ def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logi
 
     def no_rank(header, tensors):
         del header["options"]["rank"]
+
+    def negative_rank(header, tensors):
+        header["options"]["rank"] = -1
 
     def too_far(header, tensors):
         tensors[next(n for n in tensors if n.endswith("indices"))][-1] = 10**6
@@ -363,6 +369,7 @@ def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logi
         (lora, unknown, "of the method 'telepathy', which this version of bitfit_fast does not"),
         (lora, other_rank, "what it adds does not fit BertForSequenceClassification"),
         (lora, no_rank, "with options that lack 'rank'"),
+        (lora, negative_rank, "; rank must be at least 1, not -1"),
         (random, too_far, "entries, fewer than saved"),
         (random, other_place, "has no linear layer bert.encoder.layer.7.x to add to"),
     ):
@@ -370,6 +377,7 @@ def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logi
         assert same(base, before)
         assert torch.equal(logits(base), computed)
         assert Selection.of(base) == selection
+        assert torch.equal(torch.get_rng_state(), random_state)
     if holds is None:
         assert "nothing to unload" in refused(unload, base)
     else:
@@ -392,6 +400,35 @@ def test_what_trains_is_there_after_a_file_that_does_not_fit(trained, fresh, mov
         assert same(model, before)
         assert Selection.of(model) == selection
         assert bitfit_fast.additions.addition(model).settled == settled
+
+
+@pytest.mark.parametrize("place", ["_add", "align_weights", "_put"])
+@pytest.mark.parametrize("holds", ["bitfit", "random-uniform"])
+def test_an_interrupted_load_changes_nothing(trained, fresh, logits, monkeypatch, holds, place):
+    from bitfit_fast import checkpoint
+
+    base = fresh()
+    bare = state_of(base)
+    load(base, trained(holds)[1])
+    before, computed = state_of(base), logits(base)
+    path, usual = trained("adapters")[1], getattr(checkpoint, place)
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        usual(*arguments)
+        raise KeyboardInterrupt
+
+    def unloads(model):
+        monkeypatch.undo()
+        unload(model)
+        monkeypatch.setattr(checkpoint, place, interrupted)  # of what is put in, not taken out
+
+    monkeypatch.setattr(checkpoint, "unload", unloads)
+    with pytest.raises(KeyboardInterrupt):
+        load(base, path)
+    assert same(base, before) and torch.equal(logits(base), computed)
+    unload(base)
+    assert same(base, bare)
 
 
 @pytest.mark.parametrize("patch", [bitfit_fast.patch, bitfit_fast.patch_encoder])
@@ -435,6 +472,8 @@ def test_a_named_head_is_what_stays_to_train(fresh):
     full = prepare(model, "full", head=["bert.pooler", "classifier"])
     assert full.total == sum(p.numel() for p in model.parameters())
     assert full.method == "full" and full.head_parameters == 66 + 32 * 33
+    without = prepare(model, "full", head=[])
+    assert without == prepare(model, "full", head=False) and "head" not in without.counts
     assert "begins with 'telepathy'" in refused(prepare, model, "full", head=["telepathy"])
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     assert prepare(plain, "frozen", head=["1."]).names == ("1.weight", "1.bias")
