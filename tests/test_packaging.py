@@ -100,7 +100,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         (
-            ("_version", "errors", "kernels", "transfer"),
+            ("_version", "errors", "kernels", "random_state", "transfer"),
             ("additions", "files", "ops", "packing", "stand_in"),
             ("arena", "metrics", "modules", "plots", "tensorfile"),
             ("data", "kinds", "models"),
