@@ -24,7 +24,14 @@ from .methods import METHODS
 from .methods.table import option_values
 from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
 from .random_state import device_of, seeded
-from .selection import HEAD, Selection, head_names, is_patched, trained_names
+from .selection import (
+    HEAD,
+    Selection,
+    head_names,
+    is_patched,
+    trained_names,
+    undone_on_failure,
+)
 from .tensorfile import align, digest, read_tensors, saving, write_tensors
 
 __all__ = [
@@ -290,13 +297,12 @@ def load(
     header, tensors = checkpoint.header, checkpoint.tensors
     kind = _kind(checkpoint)
     made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
-    extra = None if kind is None else _made(kind, header, made_for)
-    if extra is not None and is_patched(model):
+    if kind is not None and is_patched(model):
         raise BitFitError(
             f"the model is patched, and method '{header.method}' of {checkpoint.path} changes what "
             "its layers compute; unpatch the model first"
         )
-    own = {name: t for name, t in tensors.items() if extra is not None and extra.owns(name)}
+    own = {name: t for name, t in tensors.items() if kind is not None and kind.owns(name)}
     tensors = {name: t for name, t in tensors.items() if name not in own}
     parameters = _base_parameters(model)
     missing = [name for name in tensors if name not in parameters]
@@ -321,12 +327,11 @@ def load(
                 "any_base (--any-base)"
             )
     # only of what a method adds it shows late that it does not fit
-    with contextlib.nullcontext() if extra is None else _as_before_on_failure(model):
+    with contextlib.nullcontext() if kind is None else _as_before_on_failure(model):
         if hasattr(model, _BACKUP):
             unload(model)
         remove(model)
-        if extra is not None:
-            _add(extra, model, own, made_for)
+        extra = None if kind is None else _add(kind, header, model, own, made_for)
         parameters = _base_parameters(model)
         config: Any = getattr(model, "config", None)
         labels = header.labels if config is not None else None
@@ -336,7 +341,7 @@ def load(
         )
         setattr(model, _BACKUP, backup)
         align_weights(model)
-        _put(model, tensors)
+        _put(tensors, parameters)
         if extra is not None:
             extra.apply(model)
         if labels:
@@ -349,16 +354,16 @@ def load(
 def _as_before_on_failure(model: nn.Module) -> Iterator[None]:
     """Let a model hold what it held, where an exchange for something else does not end."""
     held = _Held(model)
-    try:
-        with seeded(0, device_of(model)):  # what is drawn for new parameters is written over
+    # what is drawn for new parameters is written over
+    with undone_on_failure(model), seeded(0, device_of(model)):
+        try:
             yield
-    except BaseException:
-        if hasattr(model, _BACKUP):
-            unload(model)
-        remove(model)
-        with seeded(0, device_of(model)):
+        except BaseException:
+            if hasattr(model, _BACKUP):
+                unload(model)
+            remove(model)
             held.put_back(model)
-        raise
+            raise
 
 
 class _Held:
@@ -369,7 +374,6 @@ class _Held:
         self._extra = addition(model)
         self._own = {name: t.detach().clone() for name, t in own_state(model).items()}
         self._settled = self._extra is None or self._extra.settled
-        self._trains = {name for name, p in model.named_parameters() if p.requires_grad}
         config: Any = getattr(model, "config", None)
         labelled = self._backup is not None and self._backup.labels is not None
         self._labels = (config.id2label, config.label2id) if labelled else None
@@ -381,14 +385,9 @@ class _Held:
         """Let a model, from which it was taken out, hold it again."""
         if self._extra is not None:
             add(self._extra, model, head_names(model), self._own if self._settled else None)
-            places = own_state(model)
-            with torch.no_grad():
-                for name, tensor in self._own.items():
-                    places[name].copy_(tensor)
+            _put(self._own, own_state(model))
             self._extra.apply(model)
-        _put(model, self._loaded)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self._trains)
+        _put(self._loaded, _base_parameters(model))
         if self._labels is not None:
             config: Any = model.config
             config.id2label, config.label2id = self._labels
@@ -407,36 +406,30 @@ def _kind(checkpoint: Checkpoint) -> type[Addition] | None:
     return METHODS[method].kind
 
 
-def _made(kind: type[Addition], header: Header, made_for: str) -> Addition:
-    """Return what a checkpoint's method puts into a model, or refuse its options."""
+def _add(
+    kind: type[Addition],
+    header: Header,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    made_for: str,
+) -> Addition:
+    """Add what a method saved, or change nothing."""
     known = METHODS[header.method].options
     try:
         option_values(header.method, known, {k: v for k, v in header.options.items() if k in known})
-        return kind(header.method, header.options)
-    except BitFitError as error:
-        raise BitFitError(f"{made_for}; {error}") from None
-    except KeyError as error:
-        raise BitFitError(_lacking(made_for, error)) from None
-
-
-def _lacking(made_for: str, error: KeyError) -> str:
-    return f"{made_for} with options that lack {error}"
-
-
-def _add(extra: Addition, model: nn.Module, own: Mapping[str, Tensor], made_for: str) -> None:
-    """Add what a method saved, or change nothing."""
-    try:
+        extra = kind(header.method, header.options)
         add(extra, model, head_names(model), own)
     except KeyError as error:
-        raise BitFitError(_lacking(made_for, error)) from None
+        raise BitFitError(f"{made_for} with options that lack {error}") from None
+    except BitFitError as error:
+        raise BitFitError(f"{made_for}; {error}") from None
     places = own_state(model)
     fits = places.keys() == own.keys() and all(places[n].shape == t.shape for n, t in own.items())
     if not fits:
         remove(model)
         raise BitFitError(f"{made_for}; what it adds does not fit {type(model).__name__}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            places[name].copy_(tensor)
+    _put(own, places)
+    return extra
 
 
 def _loaded_over(model: nn.Module) -> dict[str, Tensor]:
@@ -445,11 +438,11 @@ def _loaded_over(model: nn.Module) -> dict[str, Tensor]:
     return {} if backup is None else backup.parameters
 
 
-def _put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    parameters = _base_parameters(model)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+@torch.no_grad()
+def _put(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    """Write tensors to the places of their names."""
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
 
 
 def unload(model: nn.Module) -> None:
@@ -464,7 +457,7 @@ def unload(model: nn.Module) -> None:
     if backup is None:
         raise BitFitError("nothing to unload: no checkpoint was loaded into this model")
     remove(model)
-    _put(model, backup.parameters)
+    _put(backup.parameters, _base_parameters(model))
     if backup.labels is not None:
         config: Any = model.config
         config.id2label, config.label2id = backup.labels

@@ -26,6 +26,7 @@ from .errors import BitFitError
 from .kinds import KINDS, forward
 from .models.families import biases
 from .models.loading import align_weights, ensure_padding
+from .random_state import device_of
 from .selection import Selection
 from .training.backends import BACKENDS
 from .training.checks import check_length, check_outputs, choose_device
@@ -165,7 +166,7 @@ def _fast(model: nn.Module, plan: Plan, precision: str) -> Iterator[None]:
 
 def _gradients(model: nn.Module, batch: Batch, autocast: bool = False) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         loss = forward(model, batch).loss
     loss.backward()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data.batches import Collate, evaluation_batches, move
 from ..encoder import encoder_of, for_model
 from ..kinds import KINDS, Encoded, forward
+from ..random_state import device_of
 
 __all__ = ["evaluate", "predict"]
 
@@ -46,7 +47,7 @@ def predict(
     loss : float or None
         Mean over what the loss is of: examples, windows, or words; None without labels.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     kind, features = KINDS[encoded.kind], encoded.features
     labelled = encoded.split.labels is not None
     kept: list[Tensor] = [torch.empty(0)] * len(features)

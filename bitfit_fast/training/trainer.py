@@ -132,8 +132,9 @@ class BitFitTrainer(Trainer):
         self._passes_size: int | None = None
         self._fingerprint: str | None = None
         self._said: set[str] = set()
-        with contextlib.nullcontext() if model is None else undone_on_failure(model):
+        with contextlib.ExitStack() as stack:
             if model is not None:  # else `call_model_init` does
+                stack.enter_context(undone_on_failure(model))
                 self._select(model)
             super().__init__(model, args, *rest, **options)
 
