@@ -76,7 +76,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of GLUE's folders")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--lr", default="mrpc=3e-3,cola=3e-3", help="tasks and learning rates")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--variants", default=VARIANTS, help="backends and their precisions")
     parser.add_argument("--runs", type=Path, default=Path("runs/end-to-end"))
@@ -87,7 +88,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for task in arguments.lr:
         done: dict[str, list[dict[str, Any]]] = {variant: [] for variant in arguments.variants}
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             for variant, summaries in done.items():
                 summaries.append(run(arguments, task, seed, variant))
                 score = summaries[-1]["final"]["validation"]
