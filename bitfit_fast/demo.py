@@ -36,7 +36,7 @@ TASK = "reviews"
 
 
 def _command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "bitfit_fast.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "bitfit_fast", *arguments], check=True)
 
 
 def compare(output: Path, model: str, steps: int, precision: str) -> dict[str, dict[str, Any]]:

@@ -73,7 +73,7 @@ def trained(bert_folder, rte_folder, tmp_path_factory):
     """A finished BitFit run on the small RTE."""
     output = tmp_path_factory.mktemp("runs") / "rte"
     arguments = quick(bert_folder, output, "--task", "RTE", "--data-dir", rte_folder)
-    command = [sys.executable, "-m", "bitfit_fast.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "bitfit_fast", *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     # warnings are one line each for the person at the keyboard
     warned = done.stderr.splitlines()
@@ -482,7 +482,7 @@ def test_a_base_that_is_only_a_pickle_is_refused(run, files, bert_folder, tmp_pa
 
 
 def test_the_module_runs_as_a_program_and_fails_with_2():
-    command = [sys.executable, "-m", "bitfit_fast.cli", "train", "--task", "nonsense"]
+    command = [sys.executable, "-m", "bitfit_fast", "train", "--task", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown task 'nonsense'")

@@ -112,6 +112,7 @@ RANKS = {
             ("study",),
             ("__init__",),
             ("cli", "demo"),
+            ("__main__",),
         )
     )
     for name in names

@@ -21,7 +21,7 @@ from bitfit_fast.tensorfile import read_tensors
 
 
 def start(path, output, *more):
-    command = [sys.executable, "-m", "bitfit_fast.cli", "study", path, "--output", output, *more]
+    command = [sys.executable, "-m", "bitfit_fast", "study", path, "--output", output, *more]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
