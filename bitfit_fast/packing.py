@@ -117,9 +117,8 @@ class Packing:
     @cached_property
     def rows(self) -> Tensor:
         """`[T]` int64: the row of each token in the padded batch, `[B S]`."""
-        # where each sequence begins in the padded batch, before where it does in the packed one
-        ahead = self.padded * torch.arange(len(self.lengths), device="cpu") - self._starts[:-1]
-        rows = torch.arange(self.tokens, device="cpu") + ahead.repeat_interleave(self._lengths)
+        real = torch.arange(self.padded, device="cpu") < self._lengths[:, None]
+        rows = real.flatten().nonzero().flatten()
         return sent(rows, self.device)
 
     def pack(self, padded: Tensor) -> Tensor:

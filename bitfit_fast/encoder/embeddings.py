@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..kernels._constants import MOST_TABLES
-from ..modules import LayerNorm, original
+from ..modules import LayerNorm
 from ..ops.dropout import dropout, new_seed
 from ..ops.embedding import embedding_layer_norm, gathers
 from ..stand_in import StandIn
@@ -25,8 +25,6 @@ __all__ = [
     "Embedding",
     "Gathered",
     "Onward",
-    "put_drop_ins",
-    "take_drop_ins",
     "waiting_tables",
 ]
 
@@ -141,25 +139,6 @@ class Dropout(nn.Dropout):
         if onward is None or onward.seed is None:
             return dropout(x, self.p, new_seed(x.device))
         return x if onward.done else dropout(x, onward.p, onward.seed)
-
-
-#: What takes the place of modules of the embeddings.
-_DROP_INS: tuple[Any, ...] = (LayerNorm, Dropout, Embedding)
-
-
-def put_drop_ins(embeddings: nn.Module) -> None:
-    """Let the modules of a model's embeddings be drop-ins, in place."""
-    for module in embeddings.children():
-        for drop_in in _DROP_INS:
-            if type(module) is drop_in._replaces and not hooked(module):
-                module.__class__ = drop_in
-
-
-def take_drop_ins(embeddings: nn.Module) -> None:
-    """Undo `put_drop_ins`."""
-    for module in embeddings.children():
-        if type(module) in _DROP_INS:
-            module.__class__ = original(module)
 
 
 def waiting_tables(embeddings: nn.Module) -> list[Embedding]:

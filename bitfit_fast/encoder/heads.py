@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import listed
 from ..models.families import StackRow
+from ..modules import original
 from .parts import base_of, hooks_on
 
 __all__ = ["fixed_refusal", "reads_first_only", "reads_padding"]
@@ -56,7 +57,7 @@ def _is_known_head(model: nn.Module) -> bool:
 
     Others may read what they like, whatever their name.
     """
-    parts = [type(part) for part in model.children() if part is not base_of(model)]
+    parts = [original(part) for part in model.children() if part is not base_of(model)]
     return type(model).__module__.startswith("transformers.models.") and all(
         part.__module__.startswith(("transformers.", "torch.")) for part in parts
     )

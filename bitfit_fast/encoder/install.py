@@ -17,7 +17,7 @@ from ..models.families import family_of, head_prefix
 from ..modules import original
 from . import heads
 from .calls import ENCODER, base_class, container_class, head_class
-from .embeddings import put_drop_ins, take_drop_ins
+from .drop_ins import put_drop_ins, take_drop_ins
 from .encoder import Encoder
 from .parts import base_of
 from .reading import read
@@ -131,7 +131,7 @@ def install(
     for module, subclass in subclasses:
         vars(module)[ENCODER] = encoder
         module.__class__ = subclass
-    put_drop_ins(encoder.embeddings)
+    put_drop_ins(model)
     return encoder
 
 
@@ -143,5 +143,5 @@ def uninstall(model: nn.Module) -> None:
     for module in (base, base.get_submodule(encoder.row.container), model):
         if vars(module).pop(ENCODER, None) is not None:
             module.__class__ = original(module)
-    take_drop_ins(encoder.embeddings)
+    take_drop_ins(model)
     encoder.weights.separate()

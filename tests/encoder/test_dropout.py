@@ -12,6 +12,7 @@ from bitfit_fast.encoder.run import SEEDS_APART, Run
 from bitfit_fast.ops.dropout import kept, new_seed
 from bitfit_fast.packing import Packing
 
+TOKEN = "ForTokenClassification"
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
 #: Which dropouts of a layer a family has, as they come.
 PLACES = {"bert": (QKV, MIDDLE, END), "distilbert": (QKV, END), "vit": (QKV, MIDDLE, END)}
@@ -234,3 +235,51 @@ def test_evaluation_is_that_of_the_model_unpatched(family, build, batch, to_doub
         found = model(**inputs).logits
     error = (found - exact).abs().max()
     assert error <= 2 * (expected - exact).abs().max() + 16 * 2.0**-23 * exact.abs().max()
+
+
+@BACKENDS
+def test_the_head_of_tokens_drops_by_a_seed(backend, build, monkeypatch):
+    """What it drops going forward it drops going back, as often as asked for, and keeps no mask."""
+    rate, rows = 0.25, 600
+    model = build("bert", TOKEN, **rates_of("bert", rate, 0.0))
+    select(model)
+    patch_encoder(model, precision="fp32")
+    head, pytorchs = model.dropout, F.dropout
+    monkeypatch.setattr(F, "dropout", lambda *args: pytest.fail("a mask was drawn by PyTorch"))
+    x = torch.ones(rows, 3, 48, requires_grad=True)
+    torch.manual_seed(0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = head(x)
+    (y * y).sum().backward()
+    assert sum(t.numel() for t in saved) == 1
+    assert y.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+    # the same elements, by the chain rule
+    assert torch.allclose(x.grad, 2 * y / (1 - rate))
+    dropped = (y == 0).double().mean().item()
+    assert abs(dropped - rate) < 5 * (rate * (1 - rate) / y.numel()) ** 0.5
+    assert not torch.equal(head(x), y)
+    head.eval()
+    monkeypatch.setattr(F, "dropout", pytorchs)
+    assert torch.equal(head(x), x)
+
+
+def test_few_elements_of_a_head_and_hooked_ones_are_pytorchs(build, batch, monkeypatch):
+    drawn = []
+
+    def spy(x, p=0.5, training=True, inplace=False):
+        drawn.append(x.shape)
+        return x
+
+    monkeypatch.setattr(F, "dropout", spy)
+    model = build("bert", TOKEN, **rates_of("bert", 0.1, 0.0))
+    model.dropout.register_forward_hook(lambda *args: None)
+    select(model)
+    patch_encoder(model, precision="fp32")
+    assert type(model.dropout) is torch.nn.Dropout
+    model = build("bert", **rates_of("bert", 0.1, 0.0))
+    select(model)
+    patch_encoder(model, precision="fp32")
+    inputs = batch(model)
+    model(**inputs)
+    assert drawn == [torch.Size((len(inputs["labels"]), 48))]
