@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,10 +54,13 @@ _HEADERS = tuple(
     for name in ("heads", "layers", "norm", "tiles", "units", "vectors")
 )
 _FLAGS = (
-    *("-std=c++17", "-O3", "-march=native"),
+    # some compilers are fast with mathematics unless they are told not to be
+    *("-std=c++17", "-O3", "-march=native", "-fno-fast-math"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-fopenmp", "-shared", "-fPIC"),
 )
+#: What does without matrix units, where a process may not use those of its CPU.
+_WITHOUT_MATRIX_UNITS = ("-mno-amx-bf16", "-mno-amx-tile")
 #: Activations, and what an activation's backward pass is given, by their codes.
 ACTS = {act: i for i, act in enumerate(ACTIVATIONS)}
 INPUT, SLOPE, LEVELS = range(3)
@@ -112,19 +116,36 @@ def _cpu() -> str:
     return "\n".join(sorted(known)) or platform.processor()
 
 
-def _build(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+def _ran(*command: str | Path) -> str:
+    """Return what a compiler says, in English."""
+    english = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, env=english
+    )
+    return done.stdout
+
+
+def _build(compiler: str, *more: str, anew: bool = False) -> Path:
+    """Return the library, built with more flags if it is not there, or is to be anew."""
+    command, flags = shlex.split(compiler), (*_FLAGS, *more)
     sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
-    parts = (*sources, version.stdout, " ".join(_FLAGS), _cpu())
+    parts = (*sources, _ran(*command, "--version"), " ".join(flags), _cpu())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = cache_folder() / f"native-{name}.so"
-    if not library.exists():
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o"]
-        put(
-            library,
-            lambda at: subprocess.run([*command, at], capture_output=True, text=True, check=True),
-        )
+    if anew or not library.exists():
+        put(library, lambda at: _ran(*command, *flags, str(_SOURCE), "-o", at))
     return library
+
+
+def _opened(compiler: str, *more: str) -> ctypes.CDLL:
+    """Return the library, built anew where the one that is there is not whole, or not for here."""
+    library = _build(compiler, *more)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        if "failed to map" in str(error):  # no library runs from a folder like this
+            raise
+        return ctypes.CDLL(str(_build(compiler, *more, anew=True)))
 
 
 @functools.cache
@@ -134,10 +155,15 @@ def _loaded() -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C++ compiler (g++ or clang++, or CXX)"
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # or without a home
+        library = _opened(compiler)
+        if library.bitfit_is_refused():
+            library = _opened(compiler, *_WITHOUT_MATRIX_UNITS)
+    # or without a home, or a CXX whose quotes do not end
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
-        return f"{compiler} could not build {_SOURCE.name}: {said.splitlines()[0].rstrip('.')}"
+        lines = said.splitlines()
+        first = next((line for line in lines if "error" in line), lines[0])
+        return f"{compiler} could not build {_SOURCE.name}: {first.rstrip('.')}"
     there = _ARGUMENTS | (_TILES if library.bitfit_has_tiles() else {})
     for name, types in there.items():
         function = getattr(library, f"bitfit_{name}")

@@ -157,20 +157,21 @@ void embedding_layer_norm(const float* const* tables, const int64_t* const* ids,
                           int64_t columns, double eps, const Dropout& like, int threads) {
     each_block(rows, threads, [&](int64_t first, int64_t last, int64_t) {
         Mask drop(like, columns);
-        Buffer<float> buffer(2 * room(columns));
-        float *s = buffer.data, *hat = s + room(columns);
-        for (int64_t i = first; i < last; i++) {
+        Buffer<float> buffer(2 * BLOCK * columns);
+        float *s = buffer.data, *hat = s + BLOCK * columns;
+        for (int64_t i = first; i < last; i++)
             sweep(columns, [&](int64_t j, auto at) {
                 Floats v = at.load(tables[0] + ids[0][i] * columns + j);
                 for (int t = 1; t < count; t++) v += at.load(tables[t] + ids[t][i] * columns + j);
-                at.store(s + j, v);
+                at.store(s + (i - first) * columns + j, v);
             });
-            LayerNorm<float, float, float>{s,       0,       nullptr, nullptr, 0,
-                                           gamma,   beta,    hat,     nullptr, nullptr,
-                                           nullptr, nullptr, columns, eps,     {}}(0, 1);
+        LayerNorm<float, float, float>{s,       columns, nullptr, nullptr, 0,
+                                       gamma,   beta,    hat,     nullptr, nullptr,
+                                       nullptr, nullptr, columns, eps,     {}}(0, last - first);
+        for (int64_t i = first; i < last; i++) {
             if (like.threshold) drop.row(i, columns);
             sweep(columns, [&](int64_t j, auto at) {
-                Floats v = at.load(hat + j);
+                Floats v = at.load(hat + (i - first) * columns + j);
                 at.store(y + i * columns + j, like.threshold ? drop(v, j) : v);
             });
         }
@@ -339,6 +340,15 @@ int bitfit_lanes() { return LANES; }
 int bitfit_has_tiles() {
 #ifdef BITFIT_TILES
     return may_multiply();
+#else
+    return 0;
+#endif
+}
+
+// Whether there would be, if Linux let the process use matrix units.
+int bitfit_is_refused() {
+#ifdef BITFIT_AMX
+    return !may_multiply();
 #else
     return 0;
 #endif

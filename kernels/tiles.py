@@ -157,7 +157,7 @@ def linear(
     assert x.shape[1] == weight.depth
     x, b = library.contiguous_rows(x), library.vector(b)
     y = x.new_empty(x.shape[0], weight.columns) if onto is None else onto
-    assert y.is_contiguous() and y.shape == (len(x), weight.columns)
+    assert y.is_contiguous() and y.shape == (len(x), weight.columns) and y.dtype == x.dtype
     library.call(
         "linear",
         _type(x),
@@ -423,6 +423,7 @@ def attention_bwd(
     dkv: Tensor | None,
 ) -> None:
     """Write the gradients of q, and of k and v if `dkv` `[*, 2, H, D]` is there."""
+    assert do.is_contiguous() and do.dtype == dq.dtype == q.dtype
     dk, dv = (None, None) if dkv is None else dkv.unbind(1)
     library.call(
         "attention_bwd",

@@ -82,9 +82,10 @@ inline void narrow(bf16* to, Floats v) {
 #ifdef __AVX512BF16__
     __m256bh rounded = _mm512_cvtneps_pbh(bits_of<__m512>(v));
 #else
-    // to the nearest, ties to even; what arithmetic makes of not-a-number stays so
-    Words bits = bits_of<Words>(v);
-    Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    // to the nearest, ties to even; not-a-number stays so, and does not carry into the sign
+    const Words bits = bits_of<Words>(v), up = bits + 0x7fff + ((bits >> 16) & 1);
+    const Words safe = v == v ? up : bits | 0x400000;
+    const Halves rounded = __builtin_convertvector(safe >> 16, Halves);
 #endif
     std::memcpy(to, &rounded, sizeof rounded);
 }

@@ -54,7 +54,7 @@ def compiler(tmp_path, monkeypatch, built):
         script, notes = tmp_path / name, tmp_path / "notes"
         script.write_text(
             "#!/bin/sh\n"
-            f'if [ "$1" = --version ]; then echo {name} 1.0; exit 0; fi\n'
+            f'case "$*" in *--version) echo {name} 1.0; exit 0;; esac\n'
             f'for last in "$@"; do :; done\necho built >> "{notes}"\n{body}\n'
         )
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -102,6 +102,7 @@ def test_a_compiler_that_only_fails(cache, monkeypatch):
     ("body", "said"),
     [
         ("echo 'unknown flag.' >&2; echo more >&2; exit 1", "unknown flag"),
+        ("echo 'In file included from here:' >&2; echo 'x.h:3: error: no' >&2; exit 1", "x.h:3"),
         ("echo >&2; exit 3", "exit status 3"),
         ('echo text > "$last"', "so"),  # nothing that could be loaded
         ("true", "No such file"),
@@ -138,6 +139,45 @@ def test_the_library_is_built_once_and_kept_in_the_cache(cache, compiler, monkey
         library._loaded.cache_clear()
     assert [path.suffix for path in cache.iterdir()] == [".so"]
     assert built() == ["built"]
+
+
+def test_a_library_that_is_not_whole_is_built_anew(cache, compiler):
+    built = compiler()
+    kept = library._build(os.environ["CXX"])
+    kept.write_bytes(b"")
+    assert library.unavailable() is None
+    assert torch.equal(column_sum(torch.eye(4)), torch.ones(4))
+    assert built() == ["built"] * 2 and list(cache.iterdir()) == [kept]
+
+
+def test_a_compiler_may_be_named_with_arguments(cache, compiler, monkeypatch):
+    built = compiler()
+    monkeypatch.setenv("CXX", f"'{os.environ['CXX']}' -m64")
+    assert library.unavailable() is None
+    assert built() == ["built"]
+    library._loaded.cache_clear()
+    monkeypatch.setenv("CXX", "'c++")
+    does_without(monkeypatch, "'c++ could not build native.cpp", "closing quotation")
+
+
+def test_without_leave_for_matrix_units_there_are_vectors(cache, compiler, monkeypatch):
+    """The same library stands for both, which says of itself what it was asked for without."""
+    opened, asked = library._opened, []
+
+    class Refused:
+        @staticmethod
+        def bitfit_is_refused():
+            return 1
+
+    def answer(name, *more):
+        asked.append(more)
+        return opened(name, *more) if more else Refused
+
+    built = compiler()
+    monkeypatch.setattr(library, "_opened", answer)
+    assert library.unavailable() is None
+    assert asked == [(), ("-mno-amx-bf16", "-mno-amx-tile")] and built() == ["built"]
+    assert torch.equal(column_sum(torch.eye(4)), torch.ones(4))
 
 
 def test_another_compiler_or_flag_builds_anew(cache, compiler, monkeypatch):

@@ -569,6 +569,17 @@ def test_activations_of_what_is_no_number_are_pytorchs(act, dtype):
     assert bool(db[3].isnan()) and db.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, 0x7FFF8000])
+@pytest.mark.parametrize("act", ["relu", "gelu", "silu"])
+def test_no_kind_of_not_a_number_is_rounded_to_one(act, bits):
+    """Not those of other devices, either, whose bits would carry into the sign."""
+    b = torch.tensor(bits, dtype=torch.int32).view(torch.float32).repeat(40)
+    assert bool(b.isnan().all())
+    h, _ = native.activation_fwd(randn(3, 40, dtype=torch.bfloat16), b, act, False)
+    assert bool(h.isnan().all())
+    assert bool(native.dropout(b[None].bfloat16(), 1e-7, SEED).isnan().all())
+
+
 # ---------------------------------------------------------------------------------- determinism
 
 
