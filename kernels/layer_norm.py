@@ -399,6 +399,9 @@ def layer_norm_bwd(
     if partial is None:
         partial = torch.empty(size, dtype=torch.float32, device=dy.device)
     partial_rows = partial.shape[1]
+    if columns == 1:
+        # a row of one number is its own mean: what rounding leaves of it, this would make large
+        rstd = torch.zeros_like(rstd)
     # without rows there is no ds, and the partial rows are zero
     if columns:
         with device_guard(dy):

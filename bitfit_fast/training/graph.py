@@ -21,7 +21,7 @@ _WARM_UP = 2
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of a device that is captured: libraries keep memory for each."""
+    """Return the one stream of a device that is captured."""
     return torch.cuda.Stream(device)
 
 
@@ -30,7 +30,7 @@ class Recorder:
 
     All graphs share one pool of memory. That is safe as long as nothing inside of it is looked
     at after a replay, which the next graph may overwrite: results are to be copied to tensors
-    made elsewhere. All that are captured on a device share libraries' memory, too, and are to be
+    made elsewhere. What the library of products works in lies there, too. So graphs are to be
     replayed one after another.
 
     Parameters
@@ -89,8 +89,11 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may go on as they like, such as those that load data
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            with (
+                _workspaces_inside(),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 run()
         except RuntimeError:
@@ -115,6 +118,21 @@ class Recorder:
             torch.cuda.set_rng_state(random, self.device)
             for tensor, value in zip(self.state, saved):
                 tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def _workspaces_inside() -> Iterator[None]:
+    """Let products that are captured work in memory of the graph's pool.
+
+    cuBLAS keeps what it was given before, which lies outside and which others free while graphs
+    still write there: so does `torch.compile` whenever it captures.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @contextlib.contextmanager

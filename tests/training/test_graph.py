@@ -101,6 +101,8 @@ def pretend(monkeypatch):
         graph._stream.cache_clear()
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(torch._C, name, lambda index, pool: cuda.left.append(pool))
+        clear = "_cuda_clearCublasWorkspaces"
+        monkeypatch.setattr(torch._C, clear, lambda: cuda.seen.append("clears"), raising=False)
         return cuda
 
     yield make
@@ -122,7 +124,8 @@ def test_trials_change_nothing(pretend):
     assert calls == [0, "error", 0] and cuda.mode == 0
     assert state[0].tolist() == [0, 0, 0] and state[1].tolist() == [1, 1]
     assert cuda.random.item() == 7 and replay() == "replayed"
-    assert cuda.seen == ["waits", "waits"]
+    # what products worked in before is let go of, and so is what they did in the graph's pool
+    assert cuda.seen == ["waits", "waits", "clears", "clears"]
 
 
 @pytest.mark.parametrize("fails", [1, 2, 3, "end"])
@@ -142,6 +145,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(pretend, fails):
     assert state[0].tolist() == [0, 0, 0] and cuda.random.item() == 7
     assert cuda.mode == 0 and cuda.stream_now == "default"
     assert ("spare" in cuda.seen) == (fails in (3, "end"))
+    assert cuda.seen.count("clears") == (2 if fails in (3, "end") else 0)
     assert cuda.left == (["pool", "pool"] if fails in (3, "end") else [])
 
 
