@@ -17,8 +17,24 @@ from .task import TaskData
 
 __all__ = ["SPLITS", "TASKS", "kind_of_files", "load_task", "task_name"]
 
-_REVIEWS, _SQUAD, _POS = "reviews", "squad", "pos"
-_SHARE = "a validation share is of the task 'squad' from one file"
+_REVIEWS, _SQUAD, _POS, _GLUE = "reviews", "squad", "pos", "glue"
+
+#: What options are of, and the sources that take them: files of a kind, or tasks.
+_OPTIONS: dict[str, tuple[str, set[str]]] = {
+    "data_dir": ("a data folder is of tasks but 'reviews'", {_GLUE, _SQUAD, _POS}),
+    "text_columns": ("text columns are of files of labelled texts", {"sequence"}),
+    "label_column": ("a label column is of files of labelled texts", {"sequence"}),
+    "labels": (
+        "labels are of files of texts or tags and of the task 'pos'",
+        {"sequence", "token", _POS},
+    ),
+    "regression": ("regression is of files of labelled texts", {"sequence"}),
+    "task_kind": ("a task kind is of files", {"sequence", "span", "token"}),
+    "validation_share": (
+        "a validation share is of the task 'squad' from one file",
+        {_SQUAD},
+    ),
+}
 
 #: Names of the built-in tasks.
 TASKS = (*GLUE, _SQUAD, _POS, _REVIEWS)
@@ -132,48 +148,48 @@ def load_task(
     files = {k: Path(f) for k, f in given.items() if f is not None and k in kinds}
     if task is not None and any(f is not None for f in given.values()):
         raise BitFitError(f"give a task ('{task}') or files, not both")
-    if task is None:
-        if not files:
-            raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
-        if data_dir is not None:
-            raise BitFitError(f"files take no data folder, got {data_dir}")
-        _refuse(validation_share, _SHARE, "files")
-        # columns are of labelled texts
-        implied = "sequence" if text_columns or label_column else None
-        kind = kind_of_files(list(files.values()), task_kind or implied)
-        if kind == "sequence":
-            column = label_column or "label"
-            return load_files(
-                files, text_columns or ("text",), column if labelled else None, labels, regression
-            )
-        if text_columns or label_column:
-            raise BitFitError(f"text and label columns are of labelled texts, not of {kind} files")
-        _refuse(regression, "regression is of labelled texts", f"{kind} files")
-        if kind == "span":
-            _refuse(labels, "labels are of labelled texts and tags", "span files")
-            return load_span_files(files, labelled)
+    if task is None and not files:
+        raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
+    # columns are of labelled texts
+    implied = "sequence" if text_columns or label_column else None
+    name = "" if task is None else task_name(task)
+    if name:
+        source, here = _GLUE if name in GLUE else name, f"the task '{name}'"
+    else:
+        source = kind_of_files(list(files.values()), task_kind or implied)
+        here = f"{source} files"
+    _refuse_others(
+        source,
+        here,
+        data_dir=data_dir,
+        text_columns=text_columns or None,
+        label_column=label_column or None,
+        labels=labels,
+        regression=regression,
+        task_kind=task_kind,
+        validation_share=validation_share,
+    )
+    if source == "sequence":
+        columns = text_columns or ("text",)
+        label = (label_column or "label") if labelled else None
+        return load_files(files, columns, label, labels, regression)
+    if source == "span":
+        return load_span_files(files, labelled)
+    if source == "token":
         return load_tag_files(files, labels, labelled)
-    if text_columns or label_column:
-        raise BitFitError(f"text and label columns are of files; the task '{task}' has its own")
-    if task_kind is not None:
-        raise BitFitError(f"the task kind is of files; the task '{task}' has its own")
-    name = task_name(task)
-    _refuse(regression, "regression is of files of labelled texts", f"the task '{name}'")
-    if name != _POS:
-        _refuse(labels, "labels are of files and of the task 'pos'", f"the task '{name}'")
     folder = None if data_dir is None else Path(data_dir)
-    if name == _SQUAD:
+    if source == _SQUAD:
         return load_squad(folder, tuple(kinds), validation_share, split_seed)
-    _refuse(validation_share, _SHARE, f"the task '{name}'")
-    if name == _POS:
+    if source == _POS:
         return load_pos(folder, tuple(kinds), labels)
-    if name == _REVIEWS:
-        if data_dir is not None:
-            raise BitFitError("the task 'reviews' is generated and takes no data folder")
+    if source == _REVIEWS:
         return load_reviews()
     return load_glue(name, folder, tuple(kinds))
 
 
-def _refuse(given: object, what: str, here: str) -> None:
-    if given is not None:
-        raise BitFitError(f"{what}, not of {here}")
+def _refuse_others(source: str, here: str, **given: object) -> None:
+    """Refuse an option that says nothing of a source, which is called `here`."""
+    for option, value in given.items():
+        what, sources = _OPTIONS[option]
+        if value is not None and source not in sources:
+            raise BitFitError(f"{what}, not of {here}")

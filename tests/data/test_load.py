@@ -122,12 +122,14 @@ def test_neither_a_task_nor_files_names_the_tasks(rte):
 
 
 def test_files_take_no_data_folder(rte, files):
-    assert fails(**files, data_dir=rte) == f"files take no data folder, got {rte}"
+    assert fails(**files, data_dir=rte) == (
+        "a data folder is of tasks but 'reviews', not of sequence files"
+    )
 
 
 def test_the_reviews_take_no_data_folder(tmp_path):
     assert fails("reviews", data_dir=tmp_path) == (
-        "the task 'reviews' is generated and takes no data folder"
+        "a data folder is of tasks but 'reviews', not of the task 'reviews'"
     )
 
 
@@ -147,7 +149,7 @@ def test_an_unknown_split_names_the_valid_ones(kind, rte):
     [
         (
             {"labels": ["a", "b"]},
-            "labels are of files and of the task 'pos', not of the task 'rte'",
+            "labels are of files of texts or tags and of the task 'pos', not of the task 'rte'",
         ),
         (
             {"regression": True},
@@ -168,8 +170,8 @@ def test_options_of_texts_are_refused_for_other_files(tmp_path):
     tags.write_text("1\ta\t_\tX\n\n")
     questions.write_text('{"question": "q", "context": "c"}\n')
     assert fails(train_file=tags, task_kind="token", regression=False) == (
-        "regression is of labelled texts, not of token files"
+        "regression is of files of labelled texts, not of token files"
     )
     assert fails(train_file=questions, task_kind="span", labels=["a", "b"]) == (
-        "labels are of labelled texts and tags, not of span files"
+        "labels are of files of texts or tags and of the task 'pos', not of span files"
     )

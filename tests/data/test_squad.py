@@ -109,7 +109,7 @@ def test_one_article_cannot_be_split(tmp_path):
 def test_shares_are_of_squad_alone(tmp_path):
     assert fails("reviews", validation_share=0.5).endswith("not of the task 'reviews'")
     path = squad(tmp_path / "x.json", article("A"))
-    assert fails(train_file=path, validation_share=0.5).endswith("not of files")
+    assert fails(train_file=path, validation_share=0.5).endswith("not of span files")
 
 
 def test_files_in_both_formats_are_known_by_how_they_begin(tmp_path):
@@ -213,7 +213,7 @@ def test_kinds_of_files_must_agree_and_be_known(tmp_path):
     assert fails(train_file=path, task_kind="spam") == (
         "unknown task kind 'spam'; valid ones are sequence, span, token"
     )
-    assert "the task 'squad' has its own" in fails("squad", task_kind="span")
+    assert fails("squad", task_kind="span") == "a task kind is of files, not of the task 'squad'"
     assert "not of span files" in fails(train_file=path, text_columns=["a"], task_kind="span")
 
 
