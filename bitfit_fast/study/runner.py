@@ -50,7 +50,8 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
     study : Study
         From `read_study`.
     output : Path
-        An empty folder, or one of the study of this name, which may have grown since.
+        An empty folder, or one of the study of this name, which may have grown since, on the same
+        data.
     report_only : bool
         Whether to do without the data: the sizes of the sets are taken from the folder.
 
@@ -64,10 +65,12 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
         raise BitFitError(f"{output} is a file, so it cannot be a study folder")
     marker = output / "study.json"
     known: dict[str, int] = {}
+    digests: dict[str, str] = {}
     if marker.exists():
         try:
             before = json.loads(marker.read_text(encoding="utf-8"))
             name, known = before["study"], before["training_examples"]
+            digests = before.get("data", {})
         except (ValueError, KeyError, TypeError):
             raise BitFitError(f"{marker} is altered: it describes no study") from None
         if name != study.name:
@@ -83,7 +86,8 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
             raise BitFitError(
                 f"the task {error.args[0]} is new in the study, and no run of it is in {output}"
             ) from None
-    lengths = measure(study)
+    measured = measure(study)
+    lengths = {key: found.examples for key, found in measured.items()}
     plan = expand(study, lengths)
     check_methods(study)
     there = {path.name for path in (output / "runs").glob("*")}
@@ -92,7 +96,14 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
             f"{output} has {len(there)} runs of another study, and none of this one's; "
             "choose another folder"
         )
-    write_json(marker, {"study": study.name, "training_examples": {**known, **lengths}})
+    new = {key: found.digest for key, found in measured.items()}
+    if other := [key for key in new if there and digests.get(key, new[key]) != new[key]]:
+        raise BitFitError(
+            f"the data of {listed(other)} has changed since the runs in {output} were done; "
+            "choose another folder, or bring the data back"
+        )
+    marked = {"training_examples": {**known, **lengths}, "data": {**digests, **new}}
+    write_json(marker, {"study": study.name, **marked})
     return plan
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..data.batches import subset
 from ..data.load import load_task
@@ -31,6 +31,7 @@ __all__ = [
     "FINAL",
     "TRIAL",
     "Cell",
+    "Measure",
     "Plan",
     "Run",
     "TaskSource",
@@ -240,15 +241,22 @@ def _source(task: TaskEntry, grid: Grid) -> TaskSource:
     return TaskSource(task.name, task.files, data_dir)
 
 
-def measure(study: Study) -> dict[str, int]:
-    """Load every task of a study, and return the sizes of their training sets by key.
+class Measure(NamedTuple):
+    """How many training examples a task has, and the SHA-256 of all that it has."""
+
+    examples: int
+    digest: str
+
+
+def measure(study: Study) -> dict[str, Measure]:
+    """Load every task of a study, and return what it measures, by key.
 
     Raises
     ------
     BitFitError
         If a task cannot be had or has no labels.
     """
-    lengths: dict[str, int] = {}
+    found: dict[str, Measure] = {}
     sources: dict[str, TaskSource] = {}
     for grid in study.grids:
         for task in grid.tasks:
@@ -259,12 +267,12 @@ def measure(study: Study) -> dict[str, int]:
                     f"the study takes the task {source.key} from two places: {places}; "
                     "a study has one for each built-in task, others as files (train_file)"
                 )
-            if source.key in lengths:
+            if source.key in found:
                 continue
-            train = load_source(source).train
-            assert train is not None
-            lengths[source.key] = len(train)
-    return lengths
+            data = load_source(source)
+            assert data.train is not None
+            found[source.key] = Measure(len(data.train), data.digest())
+    return found
 
 
 def check_methods(study: Study) -> None:
@@ -383,6 +391,8 @@ def _runs(
 def hold_back(data: TaskData, share: float, examples: int | None, seed: int) -> TaskData:
     """Return a task whose validation set is a part of its training set.
 
+    Of questions on texts, all on one text are in the same part.
+
     Parameters
     ----------
     data : TaskData
@@ -404,7 +414,17 @@ def hold_back(data: TaskData, share: float, examples: int | None, seed: int) -> 
         raise BitFitError(
             f"{len(train)} training examples of {data.name} are too few to hold some back"
         )
-    judged = subset(len(train), held, seed)
+    if data.kind == "span":
+        texts = list(dict.fromkeys(text for _, text in train.texts))
+        if len(texts) < 2:
+            raise BitFitError(
+                f"the training examples of {data.name} are all on one text, and holding some back "
+                "needs two"
+            )
+        chosen = {texts[i] for i in subset(len(texts), max(1, round(share * len(texts))), seed)}
+        judged = [i for i, (_, text) in enumerate(train.texts) if text in chosen]
+    else:
+        judged = subset(len(train), held, seed)
     kept = sorted(set(range(len(train))).difference(judged))
     return replace(
         data,

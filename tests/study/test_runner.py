@@ -203,6 +203,23 @@ def test_a_study_folder_belongs_to_one_study(study_file, tmp_path):
         open_folder(read_study(path), output)
 
 
+def test_runs_on_other_data_are_not_mixed_with_old_ones(study_file, files, tmp_path):
+    path, output = study_file(), tmp_path / "out"
+    plan = open_folder(read_study(path), output)
+    train = files / "train.csv"
+    before = train.read_text()
+    train.write_text(before + before.splitlines()[-1] + "\n")
+    load_source.cache_clear()
+    # nothing has run on it
+    open_folder(read_study(path), output)
+    (output / "runs" / next(iter(plan.runs))).mkdir(parents=True)
+    train.write_text(before)
+    load_source.cache_clear()
+    with pytest.raises(BitFitError, match=r"the data of .*train\.csv has changed since the runs"):
+        open_folder(read_study(path), output)
+    assert open_folder(read_study(path), output, report_only=True).runs.keys() == plan.runs.keys()
+
+
 def test_a_report_needs_no_data(study_file, files, tmp_path):
     path, output = study_file(), tmp_path / "out"
     plan = open_folder(read_study(path), output)

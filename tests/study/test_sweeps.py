@@ -17,7 +17,7 @@ from bitfit_fast.study.sweeps import CLOCK, FINAL, TRIAL, check_methods, hold_ba
 
 def plan_of(path):
     study = read_study(path)
-    return expand(study, measure(study))
+    return expand(study, {key: found.examples for key, found in measure(study).items()})
 
 
 def test_smaller_subsets_are_parts_of_larger_ones_and_hang_on_the_seed():
@@ -143,6 +143,20 @@ def test_what_is_held_back_is_of_the_training_set_alone(examples, used):
     assert train | validation == {data.splits["train"].texts[i] for i in wanted}
     with pytest.raises(BitFitError, match="too few to hold some back"):
         hold_back(toy(1), 0.1, None, 0)
+
+
+def test_questions_that_are_held_back_are_on_texts_of_their_own():
+    texts = tuple((f"question {i}", f"text {i % 7}") for i in range(35))
+    labels = (((0, "x"),),) * 35
+    split = Split("train", texts, labels, tuple(map(str, range(35))))
+    data = TaskData("squad", None, ("f1",), {"train": split}, kind="span")
+    held = hold_back(data, 0.3, None, 3)
+    train, validation = ({t for _, t in held.splits[n].texts} for n in ("train", "validation"))
+    assert not train & validation and len(validation) == 2 and len(train | validation) == 7
+    assert sum(map(len, held.splits.values())) == 35
+    alone = TaskData("squad", None, ("f1",), {"train": split.take([0, 7, 14])}, kind="span")
+    with pytest.raises(BitFitError, match="all on one text"):
+        hold_back(alone, 0.3, None, 0)
 
 
 def summary(loss, accuracy, step_ms=10.0):
