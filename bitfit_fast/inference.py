@@ -73,6 +73,7 @@ def task_of(
         options: dict[str, Any] = {f"{split}_file": file}
         data = load_task(
             **options,
+            data_dir=data_dir,
             text_columns=text_columns,
             label_column=label_column,
             labels=header.labels,
@@ -98,16 +99,21 @@ def task_of(
             f"the task {data.name} is a {data.kind} task, and {checkpoint.path} was trained for "
             f"{kind.name} tasks"
         )
-    if (None if data.labels is None else list(data.labels)) != header.labels:
-        raise BitFitError(
-            f"the task {data.name} has the labels {listed(data.labels or ['a score'])}, and "
-            f"{checkpoint.path} was trained for {listed(header.labels or ['a score'])}"
-        )
+    _check_labels(checkpoint, data)
     if not _splits(data, split):
         raise BitFitError(
             f"the task {data.name} has no split '{split}'; it has {listed(data.splits)}"
         )
     return data
+
+
+def _check_labels(checkpoint: Checkpoint, data: TaskData) -> None:
+    known = checkpoint.header.labels
+    if (None if data.labels is None else list(data.labels)) != known:
+        raise BitFitError(
+            f"the task {data.name} has the labels {listed(data.labels or ['a score'])}, and "
+            f"{checkpoint.path} was trained for {listed(known or ['a score'])}"
+        )
 
 
 def _splits(data: TaskData, kind: str) -> list[Split]:
@@ -169,9 +175,10 @@ def evaluate_checkpoint(
     Raises
     ------
     BitFitError
-        If a split has no labels.
+        If a split has no labels, or the data others than the checkpoint.
     """
     kind = checkpoint.kind
+    _check_labels(checkpoint, data)
     options = _prepare(model, tokenizer, checkpoint, max_length, precision, device)
     metrics = checkpoint.header.task.get("metrics") or data.metrics
     scores, collate = {}, kind.collate(tokenizer)

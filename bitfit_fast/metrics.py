@@ -96,6 +96,9 @@ def answer_scores(
 ) -> dict[str, float]:
     """Compute SQuAD's metrics, `f1` and `exact_match`, each from 0 to 1.
 
+    They are torchmetrics', whose F1 of two answers that are nothing but articles or punctuation
+    is 1, as in SQuAD 2.
+
     Parameters
     ----------
     names : sequence of str

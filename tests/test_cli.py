@@ -127,6 +127,12 @@ def test_predict_writes_the_submission_with_the_servers_label_names(
     assert lines[0] == "index\tprediction"
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(len(ROWS))]
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+    # those of another split do not take its place
+    before = (tmp_path / "RTE.tsv").read_bytes()
+    more = ("--data-dir", rte_folder, "--output", tmp_path, "--split", "validation")
+    assert run("predict", trained, *more)[0] == 0
+    assert (tmp_path / "RTE.tsv").read_bytes() == before
+    assert (tmp_path / "RTE-validation.tsv").exists()
 
 
 def test_the_whole_way_works_for_roberta_which_has_no_token_types(
@@ -147,6 +153,8 @@ def test_inspect_shows_the_header_and_draws_the_heatmap(trained, run, tmp_path, 
     assert (tmp_path / "change.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     code, out, _ = run("inspect", "--model", bert_folder)
     assert code == 0 and "attention-output" in out
+    picture = ("--output", tmp_path / "other.png")
+    refused(run("inspect", "--model", bert_folder, *picture), "--output", "not of --model")
 
 
 def test_merge_writes_a_folder_and_refuses_to_overwrite_one(trained, run, tmp_path):
@@ -174,6 +182,16 @@ def test_files_train_evaluate_and_predict(run, files, bert_folder, tmp_path):
     assert code == 0
     lines = (tmp_path / "files-test.tsv").read_text().splitlines()
     assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
+
+
+def test_labels_of_a_test_file_are_not_read(run, files, bert_folder, tmp_path):
+    test = tmp_path / "test.csv"
+    test.write_text("text,label\n" + "".join(f"{a},-1\n" for a, _, _ in ROWS))
+    three = ("--train-file", files / "train.csv", "--test-file", test)
+    assert run(*quick(bert_folder, tmp_path / "run", *three))[0] == 0
+    assert len((tmp_path / "run" / "files-test.tsv").read_text().splitlines()) == len(ROWS) + 1
+    more = ("--file", test, "--data-dir", tmp_path, "--output", tmp_path / "out")
+    refused(run("predict", tmp_path / "run", *more), "data folder", "not of sequence files")
 
 
 def test_overwrite_and_resume_on_the_command_line(run, files, bert_folder, tmp_path):
@@ -426,7 +444,7 @@ def test_a_pair_model_takes_files_with_columns_of_any_name_and_without_labels(
 
 def test_columns_of_a_task_are_its_own(run, bert_folder, rte_folder, tmp_path):
     arguments = quick(bert_folder, tmp_path / "out", "--task", "rte", "--data-dir", rte_folder)
-    refused(run(*arguments, "--label-column", "y"), "rte", "columns")
+    refused(run(*arguments, "--label-column", "y"), "rte", "column")
 
 
 def test_places_that_cannot_be_written_are_one_sentence(run, trained, files, bert_folder, tmp_path):

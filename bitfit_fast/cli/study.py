@@ -67,7 +67,7 @@ def study(
         "data_dir": None if data_dir is None else str(data_dir),
     }  # fmt: skip
     if file is not None:
-        if given := [option_of(key) for key, value in options.items() if value]:
+        if given := [option_of(key) for key, value in options.items() if value not in (None, [])]:
             raise BitFitError(f"give the study {file} or options ({listed(given)}), not both")
         asked = read_study(file)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from ..checkpoint import open_model
 from ..data.load import TASKS, load_task
+from ..data.task import TaskData
 from ..encoder import MEMORY
 from ..errors import BitFitError, listed
 from ..inference import predict_checkpoint
@@ -50,13 +52,29 @@ ValidationShare = Annotated[
     ),
 ]
 SplitSeed = Annotated[
-    int, typer.Option(help="By which those articles are chosen.", rich_help_panel=DATA)
+    Number,
+    typer.Option(help="By which those articles are chosen; default 0.", rich_help_panel=DATA),
 ]
 
 
 def _written(path: Path) -> int | None:
     """Return when a file was written, if there is one."""
     return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _with_predicted(data: TaskData, file: Path, columns: list[str] | None) -> TaskData:
+    """Return the data with the texts of a file besides, whose labels nobody looks at."""
+    test = load_task(
+        test_file=file,
+        kinds=("test",),
+        text_columns=columns if data.kind == "sequence" else None,
+        labels=None if data.kind == "span" else data.labels,
+        regression=data.labels is None if data.kind == "sequence" else None,
+        task_kind=data.kind,
+        labelled=False,
+    )
+    ending = data.ending if data.ending == test.ending else ".tsv"
+    return replace(data, splits={**data.splits, **test.splits}, ending=ending)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -87,7 +105,7 @@ def train(
     label_column: LabelColumn = None,
     task_kind: TaskKind = None,
     validation_share: ValidationShare = None,
-    split_seed: SplitSeed = 0,
+    split_seed: SplitSeed = None,
     method: Annotated[
         str, typer.Option(help=", ".join(f"{n}: {m.summary}" for n, m in METHODS.items()) + ".")
     ] = "bitfit",
@@ -286,11 +304,12 @@ def train(
         test_file=test_file,
         text_columns=text_column,
         label_column=label_column,
-        kinds=("train", "validation", "test") if task is None else ("train", "validation"),
         task_kind=task_kind,
         validation_share=validation_share,
         split_seed=split_seed,
     )
+    if test_file is not None:
+        data = _with_predicted(data, test_file, text_column)
     if data.note:
         say(data.note)
     output = output or Path("runs") / f"{data.name}-{method}-{seed}"

@@ -111,6 +111,10 @@ def inspect(
     if (trained is None) == (model is None):
         raise BitFitError("give either a trained file or --model")
     if model is not None:
+        if output is not None or base is not None or any_base:
+            raise BitFitError(
+                "--output, --base and --any-base are of a trained file, not of --model"
+            )
         console.print(select(describe_model(model)).table())
         return
     assert trained is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..errors import BitFitWarning
 from ..transfer import sent
 from .task import Split
 
@@ -45,7 +47,7 @@ def tokenize(split: Split, tokenizer: Any, max_length: int) -> Features:
     tokenizer : PreTrainedTokenizerBase
         The model's own; special tokens and token types are what it makes of a pair.
     max_length : int
-        Longer examples are cut, the longer sentence of a pair first.
+        Longer examples are cut, the longer sentence of a pair first, and a warning says how many.
 
     Returns
     -------
@@ -59,6 +61,15 @@ def tokenize(split: Split, tokenizer: Any, max_length: int) -> Features:
     if split.labels is not None:
         for feature, label in zip(features, split.labels):
             feature["labels"] = label
+    # of the tokenizers that say what they left out
+    cut = sum(bool(one.overflowing) for one in getattr(encoded, "encodings", None) or ())
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(split)} examples of the {split.name} set are cut to max-length "
+            f"{max_length}",
+            BitFitWarning,
+            4,
+        )
     return in_tensors(features)
 
 

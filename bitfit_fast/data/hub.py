@@ -28,8 +28,10 @@ def load_hub_split(repository: str, config: str, split: str) -> Any:
     try:
         return datasets.load_dataset(repository, config, split=split)
     # "unreachable and not cached" is an OSError; ValueError says that the cache has only other
-    # configurations, or no such split
-    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+    # configurations, or no such split, and RuntimeError that a repository is a program
+    except (
+        OSError, ValueError, RuntimeError, HfHubHTTPError, datasets.exceptions.DatasetsError
+    ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0]
         raise BitFitError(
             f"the dataset {repository} ({config}) is neither in the local cache nor to be had "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import BitFitError, listed
@@ -34,6 +35,7 @@ _OPTIONS: dict[str, tuple[str, set[str]]] = {
         "a validation share is of the task 'squad' from one file",
         {_SQUAD},
     ),
+    "split_seed": ("a seed of the split is of the task 'squad' from one file", {_SQUAD}),
 }
 
 #: Names of the built-in tasks.
@@ -104,7 +106,7 @@ def load_task(
     kinds: Sequence[str] = ("train", "validation"),
     task_kind: str | None = None,
     validation_share: float | None = None,
-    split_seed: int = 0,
+    split_seed: int | None = None,
     labelled: bool = True,
 ) -> TaskData:
     """Load a task's splits.
@@ -124,7 +126,8 @@ def load_task(
         Columns of labelled texts, by default `text` and `label`; two text columns make a pair.
     labels : sequence of str, optional
         Of files of texts or tags and of `pos`: classes or tags in index order; by default those
-        of the training set, sorted.
+        of the training set, sorted, which is read for them, or of the first set where none is
+        named.
     regression : bool, optional
         Of labelled texts: see `bitfit_fast.data.files.load_files`.
     kinds : sequence of str
@@ -133,7 +136,7 @@ def load_task(
         What the examples of files are: `sequence`, `span` or `token`; see `kind_of_files`.
     validation_share, split_seed : float, int
         For `squad` from a single file: the share of its articles that is for validation, by
-        default 0.2, and the seed by which they are chosen.
+        default 0.2, and the seed by which they are chosen, by default 0.
     labelled : bool
         Whether to read the labels of files.
 
@@ -168,23 +171,32 @@ def load_task(
         regression=regression,
         task_kind=task_kind,
         validation_share=validation_share,
+        split_seed=split_seed,
     )
+    # labels are those of the training set, whether it is asked for or not
+    more = labels is None and labelled and "train" not in kinds
+    if more and source in ("sequence", "token") and train_file is not None:
+        files = {"train": Path(train_file), **files}
+    folder = None if data_dir is None else Path(data_dir)
     if source == "sequence":
         columns = text_columns or ("text",)
         label = (label_column or "label") if labelled else None
-        return load_files(files, columns, label, labels, regression)
-    if source == "span":
-        return load_span_files(files, labelled)
-    if source == "token":
-        return load_tag_files(files, labels, labelled)
-    folder = None if data_dir is None else Path(data_dir)
-    if source == _SQUAD:
-        return load_squad(folder, tuple(kinds), validation_share, split_seed)
-    if source == _POS:
-        return load_pos(folder, tuple(kinds), labels)
-    if source == _REVIEWS:
-        return load_reviews()
-    return load_glue(name, folder, tuple(kinds))
+        data = load_files(files, columns, label, labels, regression)
+    elif source == "span":
+        data = load_span_files(files, labelled)
+    elif source == "token":
+        data = load_tag_files(files, labels, labelled)
+    elif source == _SQUAD:
+        data = load_squad(folder, tuple(kinds), validation_share, split_seed or 0)
+    elif source == _POS:
+        data = load_pos(folder, ("train",) * more + tuple(kinds), labels)
+    elif source == _REVIEWS:
+        data = load_reviews()
+    else:
+        data = load_glue(name, folder, tuple(kinds))
+    if not more:
+        return data
+    return replace(data, splits={n: s for n, s in data.splits.items() if n != "train"})
 
 
 def _refuse_others(source: str, here: str, **given: object) -> None:

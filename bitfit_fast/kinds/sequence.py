@@ -66,8 +66,10 @@ def _write(data: TaskData, split: Split, logits: Tensor, folder: Path) -> list[P
 def _submission_name(task: str, split: str) -> str:
     if task not in GLUE:
         return f"{task}-{split}"
-    suffix = {"matched": "-m", "mismatched": "-mm"}.get(split.partition("_")[2], "")
-    return GLUE[task].folder + suffix
+    kind, _, part = split.partition("_")
+    name = GLUE[task].folder + {"matched": "-m", "mismatched": "-mm"}.get(part, "")
+    # the server's name is for what it has no labels of
+    return name if kind == "test" else f"{name}-{kind}"
 
 
 def _written(data: TaskData, logits: Tensor) -> list[str]:

@@ -97,14 +97,17 @@ class _Run:
         # generalisation gap costs no more than the validation itself
         sample = min(map(len, validation.values()), default=_TRAIN_SAMPLE)
         chosen = subset(examples, sample, settings.seed + 1)
-        self.evaluated = {
-            name: self._encoded(split, tokenizer)
-            for name, split in {"train": train.take(chosen), **validation}.items()
-        }
+        with warnings.catch_warnings():
+            # what there is to say of them was said of the whole set
+            warnings.simplefilter("ignore", BitFitWarning)
+            self.evaluated = {"train": self._encoded(train.take(chosen), tokenizer)}
+        self.evaluated |= {n: self._encoded(split, tokenizer) for n, split in validation.items()}
         self.glanced = self.evaluated
         if settings.validate_once:
             few = train.take(chosen[:_EARLY_SAMPLE])
-            self.glanced = {"train": self._encoded(few, tokenizer)}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BitFitWarning)
+                self.glanced = {"train": self._encoded(few, tokenizer)}
         self.judge = next(iter(validation), None)
 
         self.collate = self.backend.collate(tokenizer, self.plan, self.kind.name)

@@ -209,7 +209,8 @@ def step_count(settings: Settings, per_epoch: int) -> int:
     """Return how many steps a run takes whose epochs have `per_epoch` each."""
     limits = [settings.max_steps] if settings.max_steps else []
     if settings.epochs:
-        limits.append(math.ceil(settings.epochs * per_epoch))
+        # a share of an epoch that stands for a number of steps is that number
+        limits.append(math.ceil(round(settings.epochs * per_epoch, 6)))
     return min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))
 
 

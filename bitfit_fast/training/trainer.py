@@ -62,7 +62,9 @@ class BitFitTrainer(Trainer):
     `bitfit_fast.training.trainer`, says once what was done and what could not be, and why.
 
     Every folder that is saved holds the whole model, for `from_pretrained`, and beside it
-    `bitfit.safetensors`, which is what `bitfit_fast.save` writes.
+    `bitfit.safetensors`, which is what `bitfit_fast.save` writes. Of a method that adds something
+    to the model (adapters, LoRA and others of `bitfit_fast.prepare`) only the latter is complete:
+    `bitfit_fast.load` puts it into the base model, and `merge` makes an ordinary folder of it.
 
     Parameters
     ----------
@@ -402,6 +404,8 @@ class BitFitTrainer(Trainer):
     # ------------------------------------------------------------------ files
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self._managed() and (kept := addition(self.model)) is not None:
+            kept.apply(self.model)  # the last update is in the weights from the next pass on
         super()._save(output_dir, state_dict)
         if not self.args.should_save or self._managed():
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bitfit_fast.data.batches import (
     training_batches,
 )
 from bitfit_fast.data.task import Split
+from bitfit_fast.errors import BitFitWarning
 
 SHAPES = [(1, 1), (1, 16), (7, 3), (12, 4), (16, 16), (17, 16), (100, 7)]
 SINGLES = Split("train", (("the plot was good",), ("dull",), ("a very great plot",)), (0, 1, 0))
@@ -121,15 +123,20 @@ def test_examples_are_cut_to_the_longest_length(max_length, bert, roberta):
     long = "the plot was good and the acting was dull"
     for texts in ((long,), (long, "bad"), ("bad", long), (long, long)):
         for tokenizer in (bert, roberta):
-            (feature,) = tokenize(Split("train", (texts,), None), tokenizer, max_length)
             whole = len(tokenizer(*texts)["input_ids"])
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                (feature,) = tokenize(Split("train", (texts,), None), tokenizer, max_length)
+            told = [f"1 of 1 examples of the train set are cut to max-length {max_length}"]
+            assert [str(w.message) for w in said] == told * (whole > max_length)
             assert len(feature["input_ids"]) == min(whole, max_length)
             assert {len(values) for values in feature.values()} == {len(feature["input_ids"])}
 
 
 def test_the_longer_sentence_of_a_pair_is_cut_first(bert):
     texts = ("it is bad", "the plot was good and the acting was dull")
-    (feature,) = tokenize(Split("train", (texts,), None), bert, 10)
+    with pytest.warns(BitFitWarning, match="cut to max-length 10"):
+        (feature,) = tokenize(Split("train", (texts,), None), bert, 10)
     words = bert.convert_ids_to_tokens(feature["input_ids"])
     assert words == ["[CLS]", "it", "is", "bad", "[SEP]", "the", "plot", "was", "good", "[SEP]"]
 

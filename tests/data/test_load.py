@@ -82,6 +82,25 @@ def test_only_the_kinds_asked_for_are_loaded(rte, files):
         assert list(load_task(**files, kinds=[kind]).splits) == [kind]
 
 
+def test_labels_are_those_of_the_training_set_whatever_is_loaded(tmp_path):
+    train, other = tmp_path / "train.csv", tmp_path / "dev.csv"
+    train.write_text("text,label\nx,a\ny,b\nz,c\n")
+    other.write_text("text,label\nx,a\ny,c\n")
+    data = load_task(train_file=train, validation_file=other, kinds=("validation",))
+    assert data.labels == ("a", "b", "c") and data.splits["validation"].labels == (0, 2)
+    assert list(data.splits) == ["validation"]
+    train.write_text("text,label\nx,0.5\ny,1\n")
+    other.write_text("text,label\nx,0\ny,1\n")
+    data = load_task(train_file=train, validation_file=other, kinds=("validation",))
+    assert data.labels is None
+    for part, tags in (("train", "ABC"), ("dev", "AC")):
+        lines = [f"{i}\tw\t_\t{tag}" + "\t_" * 6 for i, tag in enumerate(tags, 1)]
+        (tmp_path / f"x-{part}.conllu").write_text("\n".join(lines) + "\n\n")
+    data = load_task("pos", data_dir=tmp_path, kinds=("validation",))
+    assert data.labels == ("A", "B", "C") and data.splits["validation"].labels == ((0, 2),)
+    assert list(data.splits) == ["validation"]
+
+
 def test_another_number_of_rows_is_told(rte):
     with pytest.warns(BitFitWarning, match="2 examples where the official RTE train set has 2490"):
         load_task("rte", data_dir=rte, kinds=("train",))
@@ -154,6 +173,10 @@ def test_an_unknown_split_names_the_valid_ones(kind, rte):
         (
             {"regression": True},
             "regression is of files of labelled texts, not of the task 'rte'",
+        ),
+        (
+            {"split_seed": 3},
+            "a seed of the split is of the task 'squad' from one file, not of the task 'rte'",
         ),
         (
             {"validation_share": 0.5},

@@ -33,6 +33,10 @@ def test_bitfit_trains_for_three_epochs_and_no_fewer_than_500_steps():
     assert Plan.of(Settings(), "bitfit", 8551).steps == 3 * 535
     few = Plan.of(Settings(epochs=2, max_steps=900), "full", 1600)
     assert (few.steps, few.steps_per_epoch, few.eval_every) == (200, 100, 20)
+    # a share that stands for whole steps
+    assert Plan.of(Settings(epochs=800 / 156), "full", 2490).steps == 800
+    assert Plan.of(Settings(epochs=1.1), "full", 1600).steps == 110
+    assert Plan.of(Settings(epochs=1.101), "full", 1600).steps == 111
 
 
 def test_each_method_has_its_learning_rate():

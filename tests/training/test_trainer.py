@@ -23,6 +23,7 @@ from transformers import (
 
 import bitfit_fast
 from bitfit_fast import BitFitError, BitFitTrainer, patch_encoder, select
+from bitfit_fast.additions import fold
 from bitfit_fast.arena import Arena, ArenaAdamW
 from bitfit_fast.encoder import Encoder, encoder_of
 from bitfit_fast.selection import NO_GRADIENT
@@ -390,6 +391,20 @@ def test_files_are_those_of_a_plain_model(build, trainer, tmp_path, bert_folder)
         assert all(torch.equal(v, ours.model.get_parameter(n)) for n, v in values(fresh).items())
     assert (tmp_path / "run" / "tokenizer.json").exists()
     assert (tmp_path / "run" / FILE).stat().st_size < len(expected) / 4
+
+
+def test_entries_of_weights_are_saved_as_they_are_trained(build, trainer, tmp_path):
+    """Also those that the last update has just moved."""
+    model = build()
+    bitfit_fast.prepare(model, "random-uniform", parameters=500)
+    ours = trainer(BitFitTrainer, model, save_strategy="steps", save_steps=STEPS)
+    ours.train()
+    folder, fresh = tmp_path / "run" / f"checkpoint-{STEPS}", build()
+    bitfit_fast.load(fresh, folder / FILE)
+    fold(fresh)
+    opened = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    assert opened.keys() == fresh.state_dict().keys()
+    assert all(torch.equal(opened[name], value) for name, value in fresh.state_dict().items())
 
 
 def test_evaluation_and_prediction_are_fast_and_leave_a_plain_model(build, trainer, monkeypatch):
