@@ -33,6 +33,7 @@ _NUMBERS = {
     "epochs": "real", "max_steps": "whole", "batch_size": "whole", "max_length": "whole",
     "warmup": "real", "grad_clip": "real", "eval_every": "whole", "schedule": "text",
     "precision": "text", "backend": "text", "device": "text", "memory": "text",
+    "doc_stride": "whole", "max_answer_length": "whole",
 }  # fmt: skip
 #: Everything that may stand for a study, a grid, a task or a method; the closer one counts.
 _TRAINING = ("lr", *_NUMBERS, "seeds")

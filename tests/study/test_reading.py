@@ -187,3 +187,13 @@ def test_a_choice_of_biases_for_another_method_is_refused_where_it_stands(tmp_pa
     )
     with pytest.raises(BitFitError, match=rf"line 4, .*method '{method}' does not take them"):
         read_study(file)
+
+
+def test_windows_and_answers_are_of_the_tasks_that_have_them(tmp_path):
+    task = "{task: squad, data_dir: d, max_length: 96, doc_stride: 24, max_answer_length: 9}"
+    (grid,) = study(tmp_path, f"tasks: [rte, {task}]\nmethods: bitfit\n").grids
+    rte, squad = grid.tasks
+    assert squad.values["doc_stride"] == 24 and squad.values["max_answer_length"] == 9
+    assert "doc_stride" not in rte.values
+    with pytest.raises(BitFitError, match="doc-stride must be at least 0, not -1"):
+        study(tmp_path, "tasks: [{task: squad, doc_stride: -1}]\nmethods: bitfit\n")
