@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests, and benchmarks of kernels and whole steps, in eight minutes, from the checkout alone.
+# Tests, and benchmarks of kernels and whole steps, in nine minutes, from the checkout alone.
 #
 #     benchmarks/gpu.sh [OUT_DIR]
 #
@@ -72,9 +72,11 @@ fi
 alone=()
 # lets Triton compile and keep the kernels of some variants, and those of both ways of products
 ready() { # in the background
-    trap 'kill "$running"; exit' TERM
+    local running=
+    trap 'kill $running 2>/dev/null; wait; exit' TERM
     for products in fused vendor; do
-        "${alone[@]}" BITFIT_FAST_PRODUCTS=$products timeout 60 "$python" benchmarks/step.py \
+        "${alone[@]}" BITFIT_FAST_PRODUCTS=$products timeout --kill-after=5 60 \
+            "$python" benchmarks/step.py \
             --model bert-base --task 64 --batch-size 128,16 --dropout 0.1,0 --batches 1 --repeats 2 \
             --seconds 50 --variants "$1" --output "$scratch/$1-$products.json" &
         running=$!

@@ -218,7 +218,7 @@ def predict_checkpoint(
     data : TaskData
         From `task_of`.
     output : str or PathLike
-        Folder; a GLUE task's files get the names that the server expects.
+        Folder; those of a GLUE task's test sets get the names that the server expects.
     split : str
         Kind of split.
     max_length, precision, device

@@ -61,6 +61,10 @@ _FLAGS = (
 )
 #: What does without matrix units, where a process may not use those of its CPU.
 _WITHOUT_MATRIX_UNITS = ("-mno-amx-bf16", "-mno-amx-tile")
+#: By which a library that another build would mend is told, and one that none would not.
+_BROKEN = "file too short", "invalid ELF header", "not found (required by"
+#: How lines begin that compilers put before the one that says what is wrong.
+_BEFORE = "In file included from", "                 from"
 #: Activations, and what an activation's backward pass is given, by their codes.
 ACTS = {act: i for i, act in enumerate(ACTIVATIONS)}
 INPUT, SLOPE, LEVELS = range(3)
@@ -127,13 +131,15 @@ def _ran(*command: str | Path) -> str:
 
 def _build(compiler: str, *more: str, anew: bool = False) -> Path:
     """Return the library, built with more flags if it is not there, or is to be anew."""
-    command, flags = shlex.split(compiler), (*_FLAGS, *more)
+    # a path may hold spaces, and a command arguments
+    command = [compiler] if shutil.which(compiler) else shlex.split(compiler)
+    flags = (*command[1:], *_FLAGS, *more)
     sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
-    parts = (*sources, _ran(*command, "--version"), " ".join(flags), _cpu())
+    parts = (*sources, _ran(command[0], "--version"), " ".join(flags), _cpu())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = cache_folder() / f"native-{name}.so"
     if anew or not library.exists():
-        put(library, lambda at: _ran(*command, *flags, str(_SOURCE), "-o", at))
+        put(library, lambda at: _ran(command[0], *flags, str(_SOURCE), "-o", at))
     return library
 
 
@@ -143,7 +149,7 @@ def _opened(compiler: str, *more: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        if "failed to map" in str(error):  # no library runs from a folder like this
+        if not any(sign in str(error) for sign in _BROKEN):
             raise
         return ctypes.CDLL(str(_build(compiler, *more, anew=True)))
 
@@ -162,7 +168,7 @@ def _loaded() -> ctypes.CDLL | str:
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
         lines = said.splitlines()
-        first = next((line for line in lines if "error" in line), lines[0])
+        first = next((line for line in lines if not line.startswith(_BEFORE)), lines[0])
         return f"{compiler} could not build {_SOURCE.name}: {first.rstrip('.')}"
     there = _ARGUMENTS | (_TILES if library.bitfit_has_tiles() else {})
     for name, types in there.items():

@@ -2,7 +2,7 @@
 // dropout's masks, activations, softmax.
 //
 // Rows are worked on in fp32, as many columns at a time as a register holds and one row after the
-// other, in buffers that the first-level cache holds. These columns are one of the compiler's own
+// other, in buffers that a near cache holds. These columns are one of the compiler's own
 // vectors; of wider ones than the CPU's registers it makes slow code. Sums over tokens are taken
 // in blocks of rows and then over blocks, both in a fixed order, so that the result depends
 // neither on the number of threads nor on their luck.

@@ -47,7 +47,8 @@ def tokenize(split: Split, tokenizer: Any, max_length: int) -> Features:
     tokenizer : PreTrainedTokenizerBase
         The model's own; special tokens and token types are what it makes of a pair.
     max_length : int
-        Longer examples are cut, the longer sentence of a pair first, and a warning says how many.
+        Longer examples are cut, the longer sentence of a pair first. A warning says how many,
+        where the tokenizer tells ("fast" ones do).
 
     Returns
     -------

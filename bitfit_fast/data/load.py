@@ -20,6 +20,8 @@ __all__ = ["SPLITS", "TASKS", "kind_of_files", "load_task", "task_name"]
 
 _REVIEWS, _SQUAD, _POS, _GLUE = "reviews", "squad", "pos", "glue"
 
+#: Files whose labels have an order.
+_LABELLED = ("sequence", "token")
 #: What options are of, and the sources that take them: files of a kind, or tasks.
 _OPTIONS: dict[str, tuple[str, set[str]]] = {
     "data_dir": ("a data folder is of tasks but 'reviews'", {_GLUE, _SQUAD, _POS}),
@@ -126,8 +128,8 @@ def load_task(
         Columns of labelled texts, by default `text` and `label`; two text columns make a pair.
     labels : sequence of str, optional
         Of files of texts or tags and of `pos`: classes or tags in index order; by default those
-        of the training set, sorted, which is read for them, or of the first set where none is
-        named.
+        of the training set, sorted, which is read for them, or where no file of it is named of
+        the first set.
     regression : bool, optional
         Of labelled texts: see `bitfit_fast.data.files.load_files`.
     kinds : sequence of str
@@ -152,6 +154,10 @@ def load_task(
     if task is not None and any(f is not None for f in given.values()):
         raise BitFitError(f"give a task ('{task}') or files, not both")
     if task is None and not files:
+        if named := [kind for kind, file in given.items() if file is not None]:
+            raise BitFitError(
+                f"there is a {named[0]} file, and {' or '.join(kinds)} examples are wanted"
+            )
         raise BitFitError(f"name a task ({listed(TASKS)}) or a file of examples")
     # columns are of labelled texts
     implied = "sequence" if text_columns or label_column else None
@@ -174,8 +180,9 @@ def load_task(
         split_seed=split_seed,
     )
     # labels are those of the training set, whether it is asked for or not
-    more = labels is None and labelled and "train" not in kinds
-    if more and source in ("sequence", "token") and train_file is not None:
+    more = labels is None and labelled and "train" not in kinds and not regression
+    more = more and (source == _POS or (source in _LABELLED and train_file is not None))
+    if more and train_file is not None:
         files = {"train": Path(train_file), **files}
     folder = None if data_dir is None else Path(data_dir)
     if source == "sequence":
@@ -187,7 +194,7 @@ def load_task(
     elif source == "token":
         data = load_tag_files(files, labels, labelled)
     elif source == _SQUAD:
-        data = load_squad(folder, tuple(kinds), validation_share, split_seed or 0)
+        data = load_squad(folder, tuple(kinds), validation_share, split_seed)
     elif source == _POS:
         data = load_pos(folder, ("train",) * more + tuple(kinds), labels)
     elif source == _REVIEWS:

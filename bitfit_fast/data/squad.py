@@ -48,7 +48,7 @@ def load_squad(
     data_dir: Path | None = None,
     kinds: tuple[str, ...] = ("train", "validation"),
     share: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     repository: str = HUB_REPOSITORY,
 ) -> TaskData:
     """Load SQuAD v1.1, or another set in its format.
@@ -64,8 +64,8 @@ def load_squad(
     share : float, optional
         Of a single file: the share of its articles, by default 0.2, that is for validation.
         All questions on an article are on one side.
-    seed : int
-        Of that choice: articles in the order of a permutation by seed, the first ones for
+    seed : int, optional
+        Of that choice, by default 0: articles in the order of a permutation by it, the first for
         validation.
     repository : str
         Dataset repository, or a local folder of its layout.
@@ -79,17 +79,19 @@ def load_squad(
     if not wanted:
         raise BitFitError("the task squad has no public test set; its splits are train, validation")
     if data_dir is None:
-        if share is not None:
-            raise BitFitError("a validation share is of a single file, and none is given")
+        if share is not None or seed is not None:
+            raise BitFitError(
+                "a validation share, and its seed, are of a single file, and none is given"
+            )
         questions = {kind: list(_hub_questions(repository, kind)) for kind in wanted}
         return _task("squad", questions)
     found = _find(data_dir)
     if isinstance(found, dict):
-        if share is not None:
+        if share is not None or seed is not None:
             text = f"{data_dir} holds a file a split, so the validation share plays no part"
             warnings.warn(text, BitFitWarning, 3)
         return _task("squad", {kind: _read(found[kind]) for kind in wanted})
-    share = SHARE if share is None else share
+    share, seed = SHARE if share is None else share, seed or 0
     parts, note = _by_article(_read(found), share, seed, found)
     data = _task("squad", {kind: parts[kind] for kind in wanted})
     return replace(data, source={"validation_share": share, "split_seed": seed}, note=note)

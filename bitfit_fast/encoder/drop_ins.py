@@ -8,20 +8,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import LayerNorm, original
+from ..ops._backend import uses_native
 from ..ops.dropout import dropout, new_seed
 from . import embeddings
 from .parts import base_of, hooked
 
 __all__ = ["Dropout", "put_drop_ins", "take_drop_ins"]
 
-#: Elements from which on a CPU drops them faster by a seed than PyTorch does one by one.
+#: Elements from which on a kernel drops them sooner by a seed than PyTorch does one by one.
 _MANY = 2**14
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that on a CPU keeps a seed for its backward pass, and no mask.
+    """`nn.Dropout` of a head that keeps a seed for its backward pass where a CPU has a kernel.
 
-    PyTorch draws a mask element by element there, of which a head on tokens has many.
+    PyTorch draws a mask element by element there, of which there are many behind all tokens.
     """
 
     _replaces = nn.Dropout
@@ -29,7 +30,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """Return x with elements dropped, in training."""
         drops = self.training and 0 < self.p < 1 and not self.inplace
-        if not drops or x.device.type != "cpu" or x.numel() < _MANY or not x.is_floating_point():
+        if not drops or x.numel() < _MANY or not uses_native(x):
             return super().forward(x)
         return dropout(x, self.p, new_seed(x.device))
 

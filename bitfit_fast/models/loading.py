@@ -194,9 +194,9 @@ def load_model(
     row = _row(kind)
     if labels is not None and len(labels) < 2:
         raise BitFitError(f"a classification needs two labels or more, not {len(labels)}")
-    # that the head is new is no news here, and a failure is told in one sentence
     import transformers  # noqa: F401  # whose import sets the level
 
+    # that the head is new is no news here, and a failure is told in one sentence
     reports = logging.getLogger("transformers")
     level = reports.level
     reports.setLevel(logging.ERROR)

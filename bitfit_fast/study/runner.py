@@ -65,12 +65,10 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
         raise BitFitError(f"{output} is a file, so it cannot be a study folder")
     marker = output / "study.json"
     known: dict[str, int] = {}
-    digests: dict[str, str] = {}
     if marker.exists():
         try:
             before = json.loads(marker.read_text(encoding="utf-8"))
             name, known = before["study"], before["training_examples"]
-            digests = before.get("data", {})
         except (ValueError, KeyError, TypeError):
             raise BitFitError(f"{marker} is altered: it describes no study") from None
         if name != study.name:
@@ -96,14 +94,15 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
             f"{output} has {len(there)} runs of another study, and none of this one's; "
             "choose another folder"
         )
-    new = {key: found.digest for key, found in measured.items()}
-    if other := [key for key in new if there and digests.get(key, new[key]) != new[key]]:
-        raise BitFitError(
-            f"the data of {listed(other)} has changed since the runs in {output} were done; "
-            "choose another folder, or bring the data back"
-        )
-    marked = {"training_examples": {**known, **lengths}, "data": {**digests, **new}}
-    write_json(marker, {"study": study.name, **marked})
+    for run in plan.runs.values():
+        summary = summary_of(run_folder(output, run)) if run.purpose == FINAL else None
+        now = measured[run.task.key].digest
+        if summary is not None and summary.get("data", now) != now:
+            raise BitFitError(
+                f"the data of {run.task.key} has changed since {run_folder(output, run)} was done; "
+                "choose another folder, or bring the data back"
+            )
+    write_json(marker, {"study": study.name, "training_examples": {**known, **lengths}})
     return plan
 
 

@@ -20,6 +20,7 @@ from ..data.batches import subset
 from ..data.load import load_task
 from ..data.task import TaskData
 from ..errors import BitFitError, listed
+from ..kinds import KINDS
 from ..methods import METHODS, prepare
 from ..models.loading import describe_model
 from ..training.settings import DEFAULT_EPOCHS, Settings, step_count
@@ -254,9 +255,10 @@ def measure(study: Study) -> dict[str, Measure]:
     Raises
     ------
     BitFitError
-        If a task cannot be had or has no labels.
+        If a task cannot be had, has no labels, or has a setting of another kind of task.
     """
     found: dict[str, Measure] = {}
+    kinds: dict[str, str] = {}
     sources: dict[str, TaskSource] = {}
     for grid in study.grids:
         for task in grid.tasks:
@@ -267,11 +269,18 @@ def measure(study: Study) -> dict[str, Measure]:
                     f"the study takes the task {source.key} from two places: {places}; "
                     "a study has one for each built-in task, others as files (train_file)"
                 )
-            if source.key in found:
-                continue
-            data = load_source(source)
-            assert data.train is not None
-            found[source.key] = Measure(len(data.train), data.digest())
+            if source.key not in found:
+                data = load_source(source)
+                assert data.train is not None
+                found[source.key] = Measure(len(data.train), data.digest())
+                kinds[source.key] = data.kind
+            for method in grid.methods:
+                values = grid.values_of(task, method)
+                given = {k: values[k] for k in ("doc_stride", "max_answer_length") if k in values}
+                try:
+                    Settings(**given).for_kind(KINDS[kinds[source.key]])
+                except BitFitError as error:
+                    raise BitFitError(f"task {task.label}: {error}") from None
     return found
 
 
@@ -398,7 +407,7 @@ def hold_back(data: TaskData, share: float, examples: int | None, seed: int) -> 
     data : TaskData
         The whole task; its own validation sets are not in what is returned.
     share : float
-        Of the training examples to hold back.
+        Of the training examples to hold back; of questions, of the texts that they are on.
     examples : int, optional
         Size of the training set to take both parts from: the one that a run of `seed` and
         `train_examples` trains on.
@@ -421,7 +430,8 @@ def hold_back(data: TaskData, share: float, examples: int | None, seed: int) -> 
                 f"the training examples of {data.name} are all on one text, and holding some back "
                 "needs two"
             )
-        chosen = {texts[i] for i in subset(len(texts), max(1, round(share * len(texts))), seed)}
+        count = min(max(1, round(share * len(texts))), len(texts) - 1)
+        chosen = {texts[i] for i in subset(len(texts), count, seed)}
         judged = [i for i, (_, text) in enumerate(train.texts) if text in chosen]
     else:
         judged = subset(len(train), held, seed)

@@ -210,7 +210,7 @@ def step_count(settings: Settings, per_epoch: int) -> int:
     limits = [settings.max_steps] if settings.max_steps else []
     if settings.epochs:
         # a share of an epoch that stands for a number of steps is that number
-        limits.append(math.ceil(round(settings.epochs * per_epoch, 6)))
+        limits.append(max(1, math.ceil(round(settings.epochs * per_epoch, 6))))
     return min(limits, default=max(MIN_STEPS, DEFAULT_EPOCHS * per_epoch))
 
 

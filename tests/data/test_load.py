@@ -140,6 +140,12 @@ def test_neither_a_task_nor_files_names_the_tasks(rte):
     assert fails(data_dir=rte) == f"name a task ({VALID}) or a file of examples"
 
 
+def test_files_of_other_sets_than_those_wanted_are_named(files):
+    assert fails(test_file=files["test_file"]) == (
+        "there is a test file, and train or validation examples are wanted"
+    )
+
+
 def test_files_take_no_data_folder(rte, files):
     assert fails(**files, data_dir=rte) == (
         "a data folder is of tasks but 'reviews', not of sequence files"

@@ -237,8 +237,9 @@ def test_a_dataset_of_the_hubs_layout(tmp_path, monkeypatch):
     assert load_hub_split(str(folder), "plain_text", "train").num_rows == 2
     assert data.splits["validation"].ids == ("validationa", "validationb")
     assert data.train.labels == ((("one", 22),),) * 2
-    with pytest.raises(BitFitError, match="a validation share is of a single file"):
-        load_squad(repository=str(folder), share=0.5)
+    for given in ({"share": 0.5}, {"seed": 3}):
+        with pytest.raises(BitFitError, match="a validation share, and its seed, are of a single"):
+            load_squad(repository=str(folder), **given)
 
 
 def test_the_real_file(data_dir):

@@ -183,18 +183,20 @@ def test_without_leave_for_matrix_units_there_are_vectors(cache, compiler, monke
 def test_another_compiler_or_flag_builds_anew(cache, compiler, monkeypatch):
     built = compiler()
     assert library.unavailable() is None
-    for change in ("flag", "compiler", "source"):
+    for change in ("flag", "arguments", "compiler", "source"):
         library._loaded.cache_clear()
         if change == "flag":
             monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-g"))
+        elif change == "arguments":
+            monkeypatch.setenv("CXX", f"{os.environ['CXX']} -m64")
         elif change == "compiler":
-            compiler(name="other")
+            compiler(name="an other")
         else:
             source = cache / "native.cpp"
             source.write_text("// changed")
             monkeypatch.setattr(library, "_SOURCE", source)
         assert library.unavailable() is None
-    assert len(built()) == len(list(cache.glob("*.so"))) == 4
+    assert len(built()) == len(list(cache.glob("*.so"))) == 5
 
 
 def test_processes_that_build_at_once_do_not_break_each_other(cache, compiler, built, tmp_path):

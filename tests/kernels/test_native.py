@@ -577,7 +577,6 @@ def test_no_kind_of_not_a_number_is_rounded_to_one(act, bits):
     assert bool(b.isnan().all())
     h, _ = native.activation_fwd(randn(3, 40, dtype=torch.bfloat16), b, act, False)
     assert bool(h.isnan().all())
-    assert bool(native.dropout(b[None].bfloat16(), 1e-7, SEED).isnan().all())
 
 
 # ---------------------------------------------------------------------------------- determinism

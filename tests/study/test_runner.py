@@ -212,10 +212,14 @@ def test_runs_on_other_data_are_not_mixed_with_old_ones(study_file, files, tmp_p
     load_source.cache_clear()
     # nothing has run on it
     open_folder(read_study(path), output)
-    (output / "runs" / next(iter(plan.runs))).mkdir(parents=True)
+    run = next(iter(plan.runs.values()))
+    perform(run, run.settings, run_folder(output, run), "none")
+    open_folder(read_study(path), output)
     train.write_text(before)
     load_source.cache_clear()
-    with pytest.raises(BitFitError, match=r"the data of .*train\.csv has changed since the runs"):
+    with pytest.raises(
+        BitFitError, match=r"the data of .*train\.csv has changed since .* was done"
+    ):
         open_folder(read_study(path), output)
     assert open_folder(read_study(path), output, report_only=True).runs.keys() == plan.runs.keys()
 

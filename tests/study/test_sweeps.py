@@ -159,6 +159,11 @@ def test_questions_that_are_held_back_are_on_texts_of_their_own():
         hold_back(alone, 0.3, None, 0)
 
 
+def test_settings_of_another_kind_of_task_are_refused_before_the_first_run(study_file):
+    with pytest.raises(BitFitError, match="task toy: doc-stride is not of a sequence task"):
+        measure(read_study(study_file("doc_stride: 8")))
+
+
 def summary(loss, accuracy, step_ms=10.0):
     scores = {"loss": loss, "accuracy": accuracy}
     return {"metrics": ["accuracy"], "step_ms": step_ms, "final": {"validation": scores}}

@@ -86,6 +86,7 @@ class Pretended:
     @contextlib.contextmanager
     def graph(self, captured, pool, stream, capture_error_mode):
         assert (pool, capture_error_mode) == ("pool", "thread_local")
+        self.seen.append("captures")
         self.stream_now = "side"
         yield
         if self.fails == "end":
@@ -125,7 +126,7 @@ def test_trials_change_nothing(pretend):
     assert state[0].tolist() == [0, 0, 0] and state[1].tolist() == [1, 1]
     assert cuda.random.item() == 7 and replay() == "replayed"
     # what products worked in before is let go of, and so is what they did in the graph's pool
-    assert cuda.seen == ["waits", "waits", "clears", "clears"]
+    assert cuda.seen == ["waits", "waits", "clears", "captures", "clears"]
 
 
 @pytest.mark.parametrize("fails", [1, 2, 3, "end"])
