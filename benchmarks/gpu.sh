@@ -75,10 +75,10 @@ ready() { # in the background
     local running=
     trap 'kill $running 2>/dev/null; wait; exit' TERM
     for products in fused vendor; do
-        "${alone[@]}" BITFIT_FAST_PRODUCTS=$products timeout --kill-after=5 60 \
+        "${alone[@]}" BITFIT_FAST_PRODUCTS=$products timeout --kill-after=5 95 \
             "$python" benchmarks/step.py \
             --model bert-base --task 64 --batch-size 128,16 --dropout 0.1,0 --batches 1 --repeats 2 \
-            --seconds 50 --variants "$1" --output "$scratch/$1-$products.json" &
+            --seconds 80 --variants "$1" --output "$scratch/$1-$products.json" &
         running=$!
         wait "$running"
     done

@@ -135,7 +135,7 @@ def _build(compiler: str, *more: str, anew: bool = False) -> Path:
     command = [compiler] if shutil.which(compiler) else shlex.split(compiler)
     flags = (*command[1:], *_FLAGS, *more)
     sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *_HEADERS)]
-    parts = (*sources, _ran(command[0], "--version"), " ".join(flags), _cpu())
+    parts = (*sources, _ran(*command, "--version"), " ".join(flags), _cpu())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = cache_folder() / f"native-{name}.so"
     if anew or not library.exists():
