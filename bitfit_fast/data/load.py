@@ -20,8 +20,6 @@ __all__ = ["SPLITS", "TASKS", "kind_of_files", "load_task", "task_name"]
 
 _REVIEWS, _SQUAD, _POS, _GLUE = "reviews", "squad", "pos", "glue"
 
-#: Files whose labels have an order.
-_LABELLED = ("sequence", "token")
 #: What options are of, and the sources that take them: files of a kind, or tasks.
 _OPTIONS: dict[str, tuple[str, set[str]]] = {
     "data_dir": ("a data folder is of tasks but 'reviews'", {_GLUE, _SQUAD, _POS}),
@@ -181,7 +179,7 @@ def load_task(
     )
     # labels are those of the training set, whether it is asked for or not
     more = labels is None and labelled and "train" not in kinds and not regression
-    more = more and (source == _POS or (source in _LABELLED and train_file is not None))
+    more = more and source in _OPTIONS["labels"][1] and bool(name or train_file)
     if more and train_file is not None:
         files = {"train": Path(train_file), **files}
     folder = None if data_dir is None else Path(data_dir)

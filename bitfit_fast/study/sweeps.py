@@ -243,9 +243,10 @@ def _source(task: TaskEntry, grid: Grid) -> TaskSource:
 
 
 class Measure(NamedTuple):
-    """How many training examples a task has, and the SHA-256 of all that it has."""
+    """How many training examples a task has, of which kind, and the SHA-256 of all that it has."""
 
     examples: int
+    kind: str
     digest: str
 
 
@@ -258,7 +259,6 @@ def measure(study: Study) -> dict[str, Measure]:
         If a task cannot be had, has no labels, or has a setting of another kind of task.
     """
     found: dict[str, Measure] = {}
-    kinds: dict[str, str] = {}
     sources: dict[str, TaskSource] = {}
     for grid in study.grids:
         for task in grid.tasks:
@@ -272,13 +272,12 @@ def measure(study: Study) -> dict[str, Measure]:
             if source.key not in found:
                 data = load_source(source)
                 assert data.train is not None
-                found[source.key] = Measure(len(data.train), data.digest())
-                kinds[source.key] = data.kind
+                found[source.key] = Measure(len(data.train), data.kind, data.digest())
             for method in grid.methods:
                 values = grid.values_of(task, method)
                 given = {k: values[k] for k in ("doc_stride", "max_answer_length") if k in values}
                 try:
-                    Settings(**given).for_kind(KINDS[kinds[source.key]])
+                    Settings(**given).for_kind(KINDS[found[source.key].kind])
                 except BitFitError as error:
                     raise BitFitError(f"task {task.label}: {error}") from None
     return found

@@ -97,17 +97,12 @@ class _Run:
         # generalisation gap costs no more than the validation itself
         sample = min(map(len, validation.values()), default=_TRAIN_SAMPLE)
         chosen = subset(examples, sample, settings.seed + 1)
-        with warnings.catch_warnings():
-            # what there is to say of them was said of the whole set
-            warnings.simplefilter("ignore", BitFitWarning)
-            self.evaluated = {"train": self._encoded(train.take(chosen), tokenizer)}
+        self.evaluated = {"train": self._encoded_again(train.take(chosen), tokenizer)}
         self.evaluated |= {n: self._encoded(split, tokenizer) for n, split in validation.items()}
         self.glanced = self.evaluated
         if settings.validate_once:
             few = train.take(chosen[:_EARLY_SAMPLE])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", BitFitWarning)
-                self.glanced = {"train": self._encoded(few, tokenizer)}
+            self.glanced = {"train": self._encoded_again(few, tokenizer)}
         self.judge = next(iter(validation), None)
 
         self.collate = self.backend.collate(tokenizer, self.plan, self.kind.name)
@@ -116,6 +111,12 @@ class _Run:
 
     def _encoded(self, split: Split, tokenizer: Any) -> Encoded:
         return self.kind.encode(split, tokenizer, self._options())
+
+    def _encoded_again(self, split: Split, tokenizer: Any) -> Encoded:
+        """Encode a part of what was: what there is to say of it was said."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BitFitWarning)
+            return self._encoded(split, tokenizer)
 
     def _options(self) -> dict[str, int]:
         return {name: getattr(self.settings, name) for name in self.kind.options}
