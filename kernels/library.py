@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "INPUT",
     "LEVELS",
     "SLOPE",
+    "Layout",
     "call",
     "contiguous_rows",
     "cpuinfo",
@@ -92,7 +93,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 #: Of those that are there where `has_tiles` is true: what attention is told, and all of them.
 _ATTENTION = (_P, _L, _P, _L, _P, _L, _P, _P, *[_L] * 3, _P, _L, _L, _F)
 _TILES: dict[str, tuple[Any, ...]] = {
-    "layout": (_I, _P, _P),
+    "layout": (_I, _P, _P, _P),
     "pack": (_I, _P, _L, _L, _L, _L, _P, _I),
     "linear": (_I, _P, _L, _P, _P, _P, _I, _L, _I),
     "linear_activation": (_I, _I, _P, _L, _P, _P, _P, _P, _L, _I),
@@ -202,12 +203,31 @@ def lanes() -> int:
     return int(library.bitfit_lanes())
 
 
-def layout(dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    """Return how many numbers of an operand make up one of a dtype, and of which dtype they are."""
-    library, planes, size = _loaded(), ctypes.c_int(), ctypes.c_int()
+class Layout(NamedTuple):
+    """How packed weights lie.
+
+    Attributes
+    ----------
+    planes : int
+        Numbers that make up one of the weight.
+    dtype : torch.dtype
+        Of these.
+    pairs : bool
+        Whether those of two rows stand next to each other.
+    """
+
+    planes: int
+    dtype: torch.dtype
+    pairs: bool
+
+
+def layout(dtype: torch.dtype) -> Layout:
+    """Return how weights of a dtype lie once they are packed."""
+    library, found = _loaded(), [ctypes.c_int() for _ in range(3)]
     assert not isinstance(library, str)
-    library.bitfit_layout(DTYPES[dtype], ctypes.byref(planes), ctypes.byref(size))
-    return planes.value, next(other for other in DTYPES if other.itemsize == size.value)
+    library.bitfit_layout(DTYPES[dtype], *map(ctypes.byref, found))
+    planes, size, pairs = (number.value for number in found)
+    return Layout(planes, next(o for o in DTYPES if o.itemsize == size), bool(pairs))
 
 
 def call(name: str, *arguments: Any) -> None:

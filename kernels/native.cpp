@@ -363,18 +363,20 @@ int bitfit_has_matrix_units() {
 }
 
 #ifdef BITFIT_TILES
-// Numbers of which one in an operand is made up, and bytes of each.
-void bitfit_layout(int type, int* planes, int* bytes) {
+// Numbers of which one in a packed weight is made up, bytes of each, and whether those of two rows
+// stand next to each other.
+void bitfit_layout(int type, int* planes, int* bytes, int* pairs) {
     WITH_TYPE(type, X, {
         *planes = PLANES<X>;
-        *bytes = sizeof(Number<X>);
+        *bytes = sizeof(Stored<X>);
+        *pairs = place<Stored<X>>(1, 0) == 1;
     })
 }
 
 void bitfit_pack(int type, void* from, int64_t row, int64_t column, int64_t depth,
                  int64_t columns, void* to, int threads) {
     WITH_TYPE(type, X, {
-        pack<X>(of<X>(from), row, column, depth, columns, of<Number<X>>(to), threads);
+        pack<X>(of<X>(from), row, column, depth, columns, of<Stored<X>>(to), threads);
     })
 }
 

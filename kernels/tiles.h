@@ -38,9 +38,9 @@ static_assert(BLOCK == SIDE, "sums over tokens are taken in the same blocks");
 // A right operand [depth, columns], where the numbers of a column are `row` apart and those of a
 // row `column`; both sizes are multiples of 32. Its planes lie one after the other.
 template <class X>
-void pack(const X* from, int64_t row, int64_t column, int64_t depth, int64_t columns, Number<X>* to,
+void pack(const X* from, int64_t row, int64_t column, int64_t depth, int64_t columns, Stored<X>* to,
           int threads) {
-    using P = Number<X>;
+    using P = Stored<X>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t panel = 0; panel < columns / SIDE; panel++) {
         const X* first = from + panel * SIDE * column;
@@ -103,8 +103,8 @@ template <class X, class Done>
 void multiply_rows(Operand<Number<X>> gathered, int64_t count, const Weight& weight,
                    int64_t first_panel, int64_t last_panel, Done done) {
     const int64_t steps = weight.depth / SIDE, rows_a_step = (SIDE + steps - 1) / steps;
-    const int64_t at_once = std::max<int64_t>(1, PANELS / (weight.depth * SIDE * BYTES<X>));
-    const auto panels = weight.panels<Number<X>>();
+    const int64_t at_once = std::max<int64_t>(1, PANELS / (weight.depth * SIDE * STORED_BYTES<X>));
+    const auto panels = weight.panels<Stored<X>>();
     alignas(64) float parts[2 * PART];
     float *now = parts, *before = parts + PART;
     int64_t row = 0, rows = 0, column = 0;  // of the part before
@@ -157,7 +157,7 @@ void product(const From* x, int64_t stride, const Weight& weight, int64_t rows, 
                 const int64_t some = std::min(deep, weight.depth - k);
                 gather_rows<X>(x + first * stride + k, stride, count, some, gathered.data, plane);
                 multiply_rows<X>({gathered.data, plane}, count,
-                                 weight.rows<Number<X>>(k, some), left, right,
+                                 weight.rows<Stored<X>>(k, some), left, right,
                                  [&](float* numbers, int64_t row, int64_t n, int64_t column) {
                     const bool is_last = k + some == weight.depth;
                     float* kept = sums.data + row * width + column - left * SIDE;
@@ -347,7 +347,7 @@ void layer_end(const X* o, const R* x, const Weight& out, const Junction<X>& mid
                 });
             });
             // behind the last row stands what stood there before; it is multiplied, and left out
-            multiply_rows<X>(of_slice, count, down.rows<Number<X>>(left, some), 0, width / SIDE,
+            multiply_rows<X>(of_slice, count, down.rows<Stored<X>>(left, some), 0, width / SIDE,
                              keep_rows);
             onto = true;
         }
@@ -404,7 +404,7 @@ void layer_end_bwd(const R* dy, const Weight& out, const Junction<X>& middle, co
                     if (sum) add(sum, j, v);
                 });
             });
-            multiply_rows<X>(of_slice, count, up.rows<Number<X>>(left, columns), 0, width / SIDE,
+            multiply_rows<X>(of_slice, count, up.rows<Stored<X>>(left, columns), 0, width / SIDE,
                              [&](auto... part) {
                 each_vector(part..., [&](Floats v, int64_t i, int64_t j) {
                     float* to = ds + i * width + j;

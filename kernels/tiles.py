@@ -77,9 +77,10 @@ class Packed:
     ----------
     data : Tensor
         N / 32 panels of 32 columns, in each K / 32 steps. A step is `[32, 32]` in fp32, and in
-        bf16 `[2, 16, 16, 2]`: left and right half, pair of rows, column, row of the pair. With
-        matrix units fp32 numbers are three of bf16, in as many planes; without instructions for
-        bf16 its numbers are of fp32.
+        bf16 `[2, 16, 16, 2]`: left and right half, pair of rows, column, row of the pair; or,
+        without instructions that multiply bf16, `[32, 32 / (2 L), L, 2]` for vectors of L numbers:
+        row, pair of vectors, lane, vector of the pair. With matrix units fp32 numbers are three
+        of bf16, in as many planes.
     panel : int
         Numbers from one panel to the next.
     depth, columns : int
@@ -120,15 +121,15 @@ def beat_libraries(weight: Tensor) -> bool:
 
 def packed_bytes(operand: Tensor) -> int:
     """Return how much memory an operand takes once it is packed."""
-    planes, number = library.layout(operand.dtype)
-    return planes * number.itemsize * operand.numel()
+    layout = library.layout(operand.dtype)
+    return layout.planes * layout.dtype.itemsize * operand.numel()
 
 
 def pack(operand: Tensor) -> Packed:
     """Pack a right operand `[K, N]`, bf16 or fp32, any strides; K and N are multiples of 32."""
     depth, columns = operand.shape
-    planes, number = library.layout(operand.dtype)
-    data = operand.new_empty(planes * operand.numel(), dtype=number)
+    layout = library.layout(operand.dtype)
+    data = operand.new_empty(layout.planes * operand.numel(), dtype=layout.dtype)
     library.call("pack", _type(operand), operand.data_ptr(), *operand.stride(), depth, columns,
                  data.data_ptr())  # fmt: skip
     return Packed(data, depth * SIDE, depth, columns, depth * columns)

@@ -10,8 +10,9 @@
 //                             and left out; that is still faster than the vector units.
 //   vectors that multiply     pairs of bf16 with sums in fp32, two products an instruction and
 //   bf16 (AVX512-BF16)        lane; fp32 as such.
-//   vectors (AVX-512, or      fp32; bf16 is widened when an operand is laid out.
-//   AVX2 with FMA)
+//   vectors (AVX-512, or      fp32. Of operands in bf16 the left one is widened when it is laid
+//   AVX2 with FMA)            out, and the right one, a weight's, as it is loaded, two vectors at
+//                             once: their numbers stand side by side in as many lanes.
 #pragma once
 
 #include <type_traits>
@@ -39,17 +40,21 @@ constexpr int64_t HALF = PART / 2;
 
 inline int64_t whole(int64_t count) { return (count + SIDE - 1) / SIDE; }
 
-// PLANES numbers of an operand make up one of type X, in as many planes.
+// PLANES numbers of an operand make up one of type X, in as many planes. They are of type Number
+// where the operand is made for one product, and of type Stored where it is a packed weight.
 template <class X>
 struct Layout {
 #ifdef BITFIT_AMX
     using Number = bf16;
+    using Stored = bf16;
     static constexpr int planes = sizeof(X) == sizeof(float) ? 3 : 1;
 #elif defined(__AVX512BF16__)
     using Number = X;
+    using Stored = X;
     static constexpr int planes = 1;
 #else
     using Number = float;
+    using Stored = X;
     static constexpr int planes = 1;
 #endif
 };
@@ -57,10 +62,14 @@ struct Layout {
 template <class X>
 using Number = typename Layout<X>::Number;
 template <class X>
+using Stored = typename Layout<X>::Stored;
+template <class X>
 constexpr int PLANES = Layout<X>::planes;
-// Bytes of one number of type X in an operand.
+// Bytes of one number of type X in an operand, and in a packed weight.
 template <class X>
 constexpr int64_t BYTES = PLANES<X> * sizeof(Number<X>);
+template <class X>
+constexpr int64_t STORED_BYTES = PLANES<X> * sizeof(Stored<X>);
 
 // An operand's numbers; of three planes, the second and third are `plane` and twice that further
 // on.
@@ -127,9 +136,9 @@ inline void split(Number<X>* to, [[maybe_unused]] int64_t plane, Floats v) {
 }
 
 // A vector of numbers that are there, or zeros.
-template <class X, class From>
-inline void copy_parts(const From* from, Number<X>* to, int64_t plane) {
-    if constexpr (std::is_same_v<From, Number<X>>) {
+template <class X, class From, class To>
+inline void copy_parts(const From* from, To* to, int64_t plane) {
+    if constexpr (std::is_same_v<From, To>) {
         From numbers[LANES] = {};
         if (from) std::memcpy(numbers, from, sizeof numbers);
         std::memcpy(to, numbers, sizeof numbers);
@@ -174,13 +183,18 @@ inline void transpose(const void* from, int64_t stride, void* to, int64_t to_str
 }
 #endif
 
-// A step of a right operand is 32 rows of 32 columns. In bf16 the left 16 columns stand before the
-// right ones, and the numbers of two rows next to each other, pair by pair; in fp32 it is as one
-// would expect. Where number (k, j) of a step is:
+// A step of a right operand is 32 rows of 32 columns. In fp32 it is as one would expect. In bf16,
+// where that is multiplied, the left 16 columns stand before the right ones, and the numbers of two
+// rows next to each other, pair by pair; and where it is widened, those of two vectors of a row.
+// Where number (k, j) of a step is:
 template <class P>
 constexpr int64_t place(int64_t k, int64_t j) {
     if (sizeof(P) == sizeof(float)) return k * SIDE + j;
+#ifdef __AVX512BF16__
     return j / 16 * HALF + k / 2 * SIDE + j % 16 * 2 + k % 2;
+#else
+    return k * SIDE + j / (2 * LANES) * 2 * LANES + j % LANES * 2 + j / LANES % 2;
+#endif
 }
 
 // A step that 32 rows are, and one whose columns 32 rows are; and 32 x 32 numbers, rows to columns.
@@ -332,22 +346,35 @@ inline Floats plus_products(Floats sum, const bf16* a, Floats pairs) {
 #endif
 inline Floats plus_products(Floats sum, const float* a, Floats row) { return sum + all(*a) * row; }
 
+// A band of what a right operand holds for a product with some of a row.
+inline void load_band(const float* from, Floats* band) {
+    for (int j = 0; j < ACROSS; j++) band[j] = load_raw<Floats>(from + j * LANES);
+}
+inline void load_band(const bf16* from, Floats* band) {
+#ifdef __AVX512BF16__
+    for (int j = 0; j < ACROSS; j++) band[j] = load_raw<Floats>(from + j * HALF);
+#else
+    const Words both = load_raw<Words>(from);
+    band[0] = bits_of<Floats>(both << 16);
+    band[1] = bits_of<Floats>(both & 0xffff0000u);
+#endif
+}
+
 // out [count, BAND] = rows x a band of the panel, for as many rows as there are registers for
 // sums. `lines` cache lines of each step of what is multiplied next are fetched meanwhile.
-template <int count, class P>
-void multiply_some(const P* rows, int64_t stride, int64_t step, const P* panel, int64_t steps,
+template <int count, class P, class W>
+void multiply_some(const P* rows, int64_t stride, int64_t step, const W* panel, int64_t steps,
                    float* out, int64_t out_stride, const char* next, int64_t lines) {
     constexpr int at_once = sizeof(float) / sizeof(P);  // numbers of a row in a lane
     Floats sums[count][ACROSS];
     for (auto& of_row : sums)
         for (Floats& sum : of_row) sum = Floats{};
-    for (int64_t i = 0; i < steps; i++, rows += step, panel += PART, next += PART * sizeof(P)) {
+    for (int64_t i = 0; i < steps; i++, rows += step, panel += PART, next += PART * sizeof(W)) {
         for (int64_t line = 0; line < lines; line++) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int k = 0; k < SIDE; k += at_once) {
             Floats b[ACROSS];
-            for (int j = 0; j < ACROSS; j++)
-                b[j] = load_raw<Floats>(panel + place<P>(k, j * LANES));
+            load_band(panel + place<W>(k, 0), b);
 #pragma GCC unroll 16
             for (int r = 0; r < count; r++)
                 for (int j = 0; j < ACROSS; j++)
@@ -359,26 +386,26 @@ void multiply_some(const P* rows, int64_t stride, int64_t step, const P* panel, 
         for (int j = 0; j < ACROSS; j++) narrow(out + r * out_stride + j * LANES, sums[r][j]);
 }
 
-template <class P>
-using Some = void (*)(const P*, int64_t, int64_t, const P*, int64_t, float*, int64_t, const char*,
+template <class P, class W>
+using Some = void (*)(const P*, int64_t, int64_t, const W*, int64_t, float*, int64_t, const char*,
                       int64_t);
 
 // That for any number of rows up to `most`.
-template <int most, class P>
-inline Some<P> multiply_up_to(int64_t count) {
+template <int most, class P, class W>
+inline Some<P, W> multiply_up_to(int64_t count) {
     if constexpr (most > 1)
-        if (count < most) return multiply_up_to<most - 1, P>(count);
-    return multiply_some<most, P>;
+        if (count < most) return multiply_up_to<most - 1, P, W>(count);
+    return multiply_some<most, P, W>;
 }
 
 // out [count, 32] = rows x panel, over `steps` steps; behind the last row out stays as it is. The
 // panel `next` is fetched meanwhile, unless it is null: what does not wait for memory waits for it.
 // What else is to be done, between(i) for each step, is done first.
-template <class X, class Between>
-inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int64_t steps,
-                     float* out, int64_t out_stride, const Number<X>* next, Between between) {
+template <class X, class W, class Between>
+inline void multiply(const Rows<Number<X>>& rows, Operand<W> panel, int64_t steps, float* out,
+                     int64_t out_stride, const W* next, Between between) {
     for (int64_t i = 0; i < steps; i++) between(i);
-    constexpr int64_t step_lines = PART * sizeof(Number<X>) / 64;
+    constexpr int64_t step_lines = PART * sizeof(W) / 64;
     // 32 rows in as even parts as there can be
     const int64_t across = SIDE / BAND, down = (rows.count + MOST_ROWS - 1) / MOST_ROWS;
     const int64_t parts = across * down;
@@ -388,9 +415,9 @@ inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int6
         const int64_t column = part / down * BAND;
         const int64_t line = step_lines * part / parts;
         const int64_t lines = next ? step_lines * (part + 1) / parts - line : 0;
-        const auto some = multiply_up_to<MOST_ROWS, Number<X>>(last - first);
+        const auto some = multiply_up_to<MOST_ROWS, Number<X>, W>(last - first);
         some(rows.all.data + first * rows.stride, rows.stride, rows.step,
-             panel.data + place<Number<X>>(0, column), steps, out + first * out_stride + column,
+             panel.data + place<W>(0, column), steps, out + first * out_stride + column,
              out_stride, reinterpret_cast<const char*>(next ? next : panel.data) + 64 * line,
              lines);
     }
@@ -398,10 +425,11 @@ inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int6
 
 #endif
 
-template <class X>
-inline void multiply(const Rows<Number<X>>& rows, Operand<Number<X>> panel, int64_t steps,
-                     float* out, int64_t out_stride = SIDE) {
-    multiply<X>(rows, panel, steps, out, out_stride, nullptr, [](int64_t) {});
+template <class X, class W>
+inline void multiply(const Rows<Number<X>>& rows, Operand<W> panel, int64_t steps, float* out,
+                     int64_t out_stride = SIDE) {
+    const W* next = nullptr;
+    multiply<X>(rows, panel, steps, out, out_stride, next, [](int64_t) {});
 }
 
 // Calls work(a vector of numbers, their row, their first column) for the real rows of a part.

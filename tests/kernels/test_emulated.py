@@ -18,19 +18,26 @@ TESTS = tuple(
 )
 _EMULATED = f'-O1 -include "{HERE}/emulated.h"'  # or optimising takes longer than the tests
 #: What the compiler is told; and what the library then says of itself: numbers that make up one of
-#: fp32 and their dtype, those of bf16, whether there are matrix units, numbers of a vector.
+#: fp32, their dtype and whether they stand in pairs, those of bf16, whether there are matrix units,
+#: numbers of a vector.
 KINDS = {
-    "AVX2": ("-march=haswell", "(1, torch.float32) (1, torch.float32) False 8"),
+    "AVX2": (
+        "-march=haswell",
+        "(1, torch.float32, False) (1, torch.bfloat16, False) False 8",
+    ),
     "AVX512-BF16": (
         f"-DEMULATED_BF16 {_EMULATED}",
-        "(1, torch.float32) (1, torch.bfloat16) False 16",
+        "(1, torch.float32, False) (1, torch.bfloat16, True) False 16",
     ),
-    "AMX": (f"-DEMULATED_AMX {_EMULATED}", "(3, torch.bfloat16) (1, torch.bfloat16) True 16"),
+    "AMX": (
+        f"-DEMULATED_AMX {_EMULATED}",
+        "(3, torch.bfloat16, True) (1, torch.bfloat16, True) True 16",
+    ),
 }
 ASKED = """
 import torch
 from bitfit_fast.kernels import library
-layouts = [library.layout(dtype) for dtype in (torch.float32, torch.bfloat16)]
+layouts = [tuple(library.layout(dtype)) for dtype in (torch.float32, torch.bfloat16)]
 print(*layouts, library.has_matrix_units(), library.lanes())
 """
 

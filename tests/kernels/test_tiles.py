@@ -83,10 +83,14 @@ def unpacked(packed):
     """Return `[planes, K, N]` of what was packed."""
     panels, steps = packed.columns // 32, packed.depth // 32
     data = packed.data.view(-1, panels, steps, 1024)
+    lanes = library.lanes()
     if data.dtype == torch.float32:
         parts = data.view(-1, panels, steps, 32, 32)
-    else:  # left and right half, pair of rows, column, row of the pair
+    elif library.layout(torch.bfloat16).pairs:
+        # left and right half, pair of rows, column, row of the pair
         parts = data.view(-1, panels, steps, 2, 16, 16, 2).permute(0, 1, 2, 4, 6, 3, 5)
+    else:  # row, pair of vectors, lane, vector of the pair
+        parts = data.view(-1, panels, steps, 32, 16 // lanes, lanes, 2).transpose(5, 6)
     return parts.reshape(-1, panels, packed.depth, 32).transpose(1, 2).flatten(2)
 
 
