@@ -262,7 +262,7 @@ def _skip_zero_gradients(model: nn.Module, selection: Selection) -> tuple[str, .
 def patch_encoder(
     model: nn.Module,
     selection: Selection | None = None,
-    precision: str = "bf16",
+    precision: str = "fp32",
     memory: str = "fast",
     reads_padding: bool | None = None,
 ) -> PatchedEncoder:
@@ -285,7 +285,8 @@ def patch_encoder(
     selection : Selection, optional
         What `select` returned; by default what the model's `requires_grad` flags say.
     precision : str
-        `bf16` or `fp32`, which agrees with the unpatched model to the rounding of fp32.
+        `fp32`, which agrees with the unpatched model to the rounding of fp32, or `bf16`:
+        a copy of the layers' weights is made once, and multiplied.
     memory : str
         `fast`, `low`, `lower` or `lowest`: how much is kept for the backward pass. In 16 bits
         and for a width of d at most 18 d + 8, 14 d + 8, 10 d + 8, 4 d + 8 bytes a token and

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, check_known
 from ..models.families import family_of, head_prefix
 from ..modules import original
 from . import heads
@@ -38,7 +38,7 @@ def encoder_of(model: nn.Module) -> Encoder | None:
 
 def install(
     model: nn.Module,
-    precision: str = "bf16",
+    precision: str = "fp32",
     memory: str = "fast",
     first_only: bool | None = None,
     stops: bool = True,
@@ -77,12 +77,8 @@ def install(
     """
     if (reason := refusal(model)) is not None:
         raise BitFitError(f"this encoder cannot run as one operation: {reason}")
-    for value, valid, what in (
-        (precision, PRECISIONS, "precision"),
-        (memory, MEMORY, "memory mode"),
-    ):
-        if value not in valid:
-            raise BitFitError(f"unknown {what} '{value}'; valid ones are {listed(valid)}")
+    check_known("precision", precision, PRECISIONS)
+    check_known("memory mode", memory, MEMORY)
     family, dtype = family_of(model), PRECISIONS[precision]
     row, config = family.stack, getattr(model, "config", None)
     assert row is not None

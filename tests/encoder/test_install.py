@@ -97,7 +97,7 @@ def test_patching_says_what_it_did(build):
     selection = select(model)
     text = str(patch_encoder(model, selection, memory="low"))
     assert text.splitlines() == [
-        "3 layers run as one operation in bf16, the last one for first tokens only; "
+        "3 layers run as one operation in fp32, the last one for first tokens only; "
         "memory mode low",
         "3 key biases have a gradient of zero, which is not computed",
     ]
