@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .runner import run_folder
 from .sweeps import FINAL, Cell, Plan, Run
-from .worker import DONE, FAILED, OPEN, state, summary_of
+from .worker import DONE, FAILED, OPEN, noted_of, state, summary_of
 
 __all__ = [
     "Collected",
@@ -168,7 +168,8 @@ def average(spreads: Iterable[Spread | None]) -> float | None:
 def _result(run: Run, folder: Path) -> Result:
     summary = summary_of(folder)
     assert summary is not None
-    noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    noted = noted_of(folder)
+    assert noted is not None
     changes = json.loads((folder / "changes.json").read_text(encoding="utf-8"))
     final, metrics = summary["final"], summary["metrics"]
     judged = [name for name in final if name.startswith("validation")]

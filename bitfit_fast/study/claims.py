@@ -102,10 +102,6 @@ class Claims:
         except ValueError:
             return {}
 
-    def live(self, name: str) -> bool:
-        """Return whether `name` is claimed by a process that may be at work."""
-        return self.holder(name) is not None and not self._stale(name)
-
     def _link(self, name: str) -> bool:
         handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{os.getpid()}-")
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ..data.load import TASKS, task_name
+from ..data.load import task_name
 from ..errors import BitFitError, listed
 from ..methods import METHODS
 from ..methods.table import option_values
@@ -157,10 +157,8 @@ def _task(item: Item) -> TaskEntry:
 def _task_name(item: Item) -> str:
     try:
         return task_name(item.text())
-    except BitFitError:
-        raise item.fail(
-            f"unknown task '{item.text()}'; valid ones are {listed(TASKS, 40)}"
-        ) from None
+    except BitFitError as error:
+        raise item.fail(str(error)) from None
 
 
 def _method(item: Item, tasks: Collection[str]) -> MethodEntry:

@@ -23,7 +23,7 @@ from ..files import write_json
 from .claims import SIGN, Claims
 from .grid import Study
 from .sweeps import FINAL, Plan, Run, check_methods, expand, measure, settle
-from .worker import DONE, FAILED, OPEN, fail, state, summary_of, work
+from .worker import DONE, FAILED, OPEN, fail, noted_of, state, summary_of, work
 
 __all__ = ["open_folder", "run_folder", "run_study"]
 
@@ -95,9 +95,8 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
             "choose another folder"
         )
     for run in plan.runs.values():
-        summary = summary_of(run_folder(output, run)) if run.purpose == FINAL else None
-        now = measured[run.task.key].digest
-        if summary is not None and summary.get("data", now) != now:
+        noted, now = noted_of(run_folder(output, run)), measured[run.task.key].digest
+        if noted is not None and noted.get("data", now) != now:
             raise BitFitError(
                 f"the data of {run.task.key} has changed since {run_folder(output, run)} was done; "
                 "choose another folder, or bring the data back"

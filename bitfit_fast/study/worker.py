@@ -27,7 +27,7 @@ from ..training.run_folder import RunFolder
 from ..training.settings import Settings
 from .sweeps import FINAL, TRIAL, Run, hold_back, load_source
 
-__all__ = ["DONE", "FAILED", "OPEN", "perform", "state", "summary_of", "work"]
+__all__ = ["DONE", "FAILED", "OPEN", "noted_of", "perform", "state", "summary_of", "work"]
 
 #: States of a run's folder.
 DONE, FAILED, OPEN = "done", "failed", "open"
@@ -35,22 +35,33 @@ DONE, FAILED, OPEN = "done", "failed", "open"
 _CLOCK_SHARE = 0.1
 #: Trained files below this size are kept where a study keeps small ones.
 _SMALL = 10_000_000
+#: What a run notes of itself when it is done.
+_NOTED = "run.json"
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a finished run, or None."""
+    return _read(RunFolder(folder).summary)
+
+
+def noted_of(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run noted of itself besides, or None."""
+    return _read(folder / _NOTED)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(RunFolder(folder).summary.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        raise BitFitError(f"{RunFolder(folder).summary} is altered: it is not JSON") from None
+        raise BitFitError(f"{path} is altered: it is not JSON") from None
 
 
 def state(folder: Path) -> str:
     """Return whether the run of a folder is done, has failed or is open."""
     # written last of all, so the rest is there
-    if (folder / "run.json").exists() and RunFolder(folder).summary.exists():
+    if (folder / _NOTED).exists() and RunFolder(folder).summary.exists():
         return DONE
     return FAILED if (folder / "failure.json").exists() else OPEN
 
@@ -59,8 +70,8 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
     """Do a run, or go on with what a killed process left of it.
 
     Besides what `train` writes, the folder gets `run.json`, with what the run was for, its
-    settled settings and the warnings on the way, and `changes.json`, with how far each kind of
-    bias moved.
+    settled settings, the SHA-256 of its task's data and the warnings on the way, and
+    `changes.json`, with how far each kind of bias moved.
 
     Parameters
     ----------
@@ -74,6 +85,7 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
         Trained files to keep: see `Study`.
     """
     data = load_source(run.task)
+    digest = data.digest()
     if run.purpose != FINAL:
         share = run.search.held_back if run.search and run.purpose == TRIAL else _CLOCK_SHARE
         data = hold_back(data, share, settings.train_examples, settings.seed)
@@ -102,11 +114,12 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
     write_json(folder / "changes.json", changes)
     told = [str(w.message) for w in caught if issubclass(w.category, BitFitWarning)]
     write_json(
-        folder / "run.json",
+        folder / _NOTED,
         {
             **run.identity,
             "name": run.name,
             "lr": summary["lr"],
+            "data": digest,
             "warnings": told,
             "commit": commit(),
         },

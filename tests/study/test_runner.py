@@ -15,7 +15,7 @@ from bitfit_fast import read
 from bitfit_fast.errors import BitFitError
 from bitfit_fast.study import read_study, run_study, runner
 from bitfit_fast.study.runner import open_folder, run_folder
-from bitfit_fast.study.sweeps import TRIAL, load_source
+from bitfit_fast.study.sweeps import FINAL, TRIAL, load_source
 from bitfit_fast.study.worker import DONE, FAILED, OPEN, perform, state
 from bitfit_fast.tensorfile import read_tensors
 
@@ -203,8 +203,10 @@ def test_a_study_folder_belongs_to_one_study(study_file, tmp_path):
         open_folder(read_study(path), output)
 
 
-def test_runs_on_other_data_are_not_mixed_with_old_ones(study_file, files, tmp_path):
-    path, output = study_file(), tmp_path / "out"
+@pytest.mark.parametrize("purpose", [FINAL, TRIAL])
+def test_runs_on_other_data_are_not_mixed_with_old_ones(study_file, files, tmp_path, purpose):
+    more = () if purpose == FINAL else ("lr: [1e-3, 1e-2]", "lr_search: {max_steps: 2}")
+    path, output = study_file(*more), tmp_path / "out"
     plan = open_folder(read_study(path), output)
     train = files / "train.csv"
     before = train.read_text()
@@ -212,7 +214,7 @@ def test_runs_on_other_data_are_not_mixed_with_old_ones(study_file, files, tmp_p
     load_source.cache_clear()
     # nothing has run on it
     open_folder(read_study(path), output)
-    run = next(iter(plan.runs.values()))
+    run = next(run for run in plan.runs.values() if run.purpose == purpose)
     perform(run, run.settings, run_folder(output, run), "none")
     open_folder(read_study(path), output)
     train.write_text(before)
