@@ -102,12 +102,11 @@ def count(variant: str, setting: Setting, fused: bool = True) -> tuple[dict[str,
         for _ in range(max(2, VARIANTS[variant].begins)):
             step(batch)
         mode.counted = counted = Counted()
-        step(batch)
-        counted.tail = counted.works[mode.before_clipping :]
-        mode.counted = Counted()
         with Saved(step.inner.model) as saved:  # type: ignore[attr-defined]
             step(batch)
-        mode.live = live = Live()
+        counted.tail = counted.works[mode.before_clipping :]
+        # in a step of its own, as what was saved is held until the end of one that looks at it
+        mode.counted, mode.live = Counted(), (live := Live())
         step(batch)
         live.close()
     layers = step.inner.model.config.num_hidden_layers  # type: ignore[attr-defined]
