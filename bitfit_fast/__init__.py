@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .checkpoint import Checkpoint, Header, fingerprint, load, merge, open_model, read, save, unload
+from .checkpoint import Checkpoint, Header, fingerprint, load, read, save, unload
 from .data.load import load_task
 from .data.task import Split, TaskData
 from .errors import BitFitError, BitFitWarning
 from .methods import METHODS, prepare
 from .models.loading import load_model, load_tokenizer
+from .opening import merge, open_model
 from .patching import Patched, PatchedEncoder, patch, patch_encoder, unpatch
 from .selection import Selection, select
 from .training import Settings, train

@@ -1,12 +1,10 @@
-"""The file of trained biases and head: saving, loading, unloading, merging."""
+"""The file of trained biases and head: saving, loading, unloading."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .additions import Addition, add, addition, base_name, fold, own_state, remove
+from .additions import Addition, add, addition, base_name, own_state, remove
 from .errors import BitFitError, listed
 from .kinds import Kind, kind_of
 from .methods import METHODS
 from .methods.table import option_values
-from .models.loading import NEW, align_weights, ensure_padding, load_model, load_tokenizer
+from .models.loading import NEW, align_weights
 from .random_state import device_of, seeded
 from .selection import (
     HEAD,
@@ -32,15 +30,14 @@ from .selection import (
     trained_names,
     undone_on_failure,
 )
-from .tensorfile import align, digest, read_tensors, saving, write_tensors
+from .tensorfile import digest, read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",
     "Header",
+    "added_kind",
     "fingerprint",
     "load",
-    "merge",
-    "open_model",
     "read",
     "save",
     "stored",
@@ -295,7 +292,7 @@ def load(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = read(checkpoint)
     header, tensors = checkpoint.header, checkpoint.tensors
-    kind = _kind(checkpoint)
+    kind = added_kind(checkpoint)
     made_for = f"{checkpoint.path} was made for {header.model_class} on '{header.base}'"
     if kind is not None and is_patched(model):
         raise BitFitError(
@@ -395,7 +392,7 @@ class _Held:
             setattr(model, _BACKUP, self._backup)
 
 
-def _kind(checkpoint: Checkpoint) -> type[Addition] | None:
+def added_kind(checkpoint: Checkpoint) -> type[Addition] | None:
     """Return what the method of a checkpoint puts into a model, if anything."""
     method = checkpoint.header.method
     if method not in METHODS:
@@ -462,90 +459,3 @@ def unload(model: nn.Module) -> None:
         config: Any = model.config
         config.id2label, config.label2id = backup.labels
     delattr(model, _BACKUP)
-
-
-def open_model(
-    path: str | os.PathLike[str], base: str | None = None, any_base: bool = False
-) -> tuple[Any, Any, Checkpoint]:
-    """Load a checkpoint together with the base model that it names.
-
-    Parameters
-    ----------
-    path : str or PathLike
-        Checkpoint or run folder.
-    base : str, optional
-        Hub name or folder of the base model, where it is not to be had by the name in
-        the file.
-    any_base : bool
-        See `load`.
-
-    Returns
-    -------
-    model, tokenizer, checkpoint
-        The model in evaluation mode.
-    """
-    checkpoint = read(path)
-    header = checkpoint.header
-    name = base or header.base
-    if not name:
-        raise BitFitError(f"{checkpoint.path} does not say its base model; name it (--base)")
-    model = load_model(name, header.labels, kind=checkpoint.kind.name)
-    load(model, checkpoint, any_base=any_base)
-    tokenizer = load_tokenizer(name)
-    ensure_padding(model, tokenizer)
-    return model.eval(), tokenizer, checkpoint
-
-
-def merge(
-    path: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    base: str | None = None,
-    any_base: bool = False,
-) -> Path:
-    """Write an ordinary Hugging Face folder, which needs this package no more.
-
-    Parameters
-    ----------
-    path : str or PathLike
-        Checkpoint or run folder.
-    output : str or PathLike
-        Folder to make; it appears whole or not at all.
-    base, any_base
-        See `open_model`.
-
-    Returns
-    -------
-    Path
-        The folder: `from_pretrained` and `pipeline` open it with identical outputs.
-
-    Raises
-    ------
-    BitFitError
-        If the folder exists and is not empty, the checkpoint cannot be loaded, or its method
-        adds what an ordinary model cannot hold.
-    """
-    folder = Path(output).resolve()  # a rename needs the folder itself, not a link to it or "."
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BitFitError(f"{output} exists already; name a new folder to merge into")
-    checkpoint = read(path)
-    kind = _kind(checkpoint)
-    if kind is not None and kind.cannot_merge is not None:
-        raise BitFitError(
-            f"{checkpoint.path} is of the method '{checkpoint.header.method}', which cannot be "
-            f"merged: {kind.cannot_merge}"
-        )
-    model, tokenizer, _ = open_model(path, base, any_base)
-    fold(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        with saving(folder):
-            model.save_pretrained(temporary)
-        for file in temporary.glob("*.safetensors"):
-            align(file)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Path(output)

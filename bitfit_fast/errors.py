@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["BitFitError", "BitFitWarning", "listed"]
+__all__ = ["BitFitError", "BitFitWarning", "check_known", "listed"]
 
 
 class BitFitError(ValueError):
@@ -19,6 +19,19 @@ def listed(values: Iterable[object], limit: int = 12) -> str:
     texts = [str(v) for v in values]
     more = f", ... ({len(texts) - limit} more)" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
+
+
+def check_known(what: str, value: object, valid: Iterable[object]) -> None:
+    """Check that a value is one of a few.
+
+    Raises
+    ------
+    BitFitError
+        With the value, what it was to be, and the valid ones.
+    """
+    valid = list(valid)
+    if value not in valid:
+        raise BitFitError(f"unknown {what} '{value}'; valid ones are {listed(valid, 40)}")
 
 
 class BitFitWarning(UserWarning):

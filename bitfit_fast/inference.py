@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .data.load import SPLITS, load_task, task_name
 from .data.task import Split, TaskData
 from .encoder import encoder_of, refusal
-from .errors import BitFitError, listed
+from .errors import BitFitError, check_known, listed
 from .kinds import Kind
 from .models.families import biases
 from .patching import patch_encoder, unpatch
@@ -65,8 +65,7 @@ def task_of(
     if file is not None:
         if task is not None:
             raise BitFitError(f"give a task ('{task}') or a file, not both")
-        if split not in SPLITS:
-            raise BitFitError(f"unknown split '{split}' of a file; valid ones are {listed(SPLITS)}")
+        check_known("split of a file", split, SPLITS)
         if kind.name == "sequence":
             text_columns = text_columns or info.get("text_columns", ("text",))
             label_column = label_column or info.get("label_column", "label")

@@ -107,7 +107,7 @@ RANKS = {
             ("encoder", "selection"),
             ("methods", "patching"),
             ("checkpoint",),
-            ("training",),
+            ("opening", "training"),
             ("inference", "parity"),
             ("study",),
             ("__init__",),

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint import open_model
 from ..data.load import TASKS, load_task
 from ..data.task import TaskData
 from ..encoder import MEMORY
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, check_known, listed
 from ..inference import predict_checkpoint
 from ..methods import METHODS, prepare
 from ..models.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from ..opening import open_model
 from ..training.loop import train as run_training
 from ..training.run_folder import RunFolder
 from ..training.settings import MIN_STEPS, Settings
@@ -288,8 +288,7 @@ def train(
         eval_every=eval_every, patience=patience, backend=backend, device=device, memory=memory,
         graph=graph, token_budget=_numbers("token-budget", token_budget),
     )  # fmt: skip
-    if method not in METHODS:
-        raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")
+    check_known("method", method, METHODS)
     options = {
         "parameters": parameters, "share": share, "l0": l0, "gate_steps": gate_steps,
         "sparse_rate": sparse_rate, "bottleneck": bottleneck, "rank": rank, "alpha": alpha,

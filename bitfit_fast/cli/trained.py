@@ -10,12 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoint import load, open_model, read
-from ..checkpoint import merge as merge_checkpoint
+from ..checkpoint import load, read
 from ..errors import BitFitError
 from ..files import write_json
 from ..inference import bias_changes, evaluate_checkpoint, predict_checkpoint, task_of
 from ..models.loading import describe_model, load_model
+from ..opening import merge as merge_checkpoint
+from ..opening import open_model
 from ..plots import change_heatmap, check_picture
 from ..selection import select
 from .console import console, quiet, say

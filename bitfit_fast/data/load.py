@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, check_known, listed
 from ..kinds import KINDS
 from .files import load_files
 from .glue import GLUE, load_glue
@@ -60,7 +60,7 @@ def task_name(name: str) -> str:
     """
     plain = name.lower().replace("-", "").replace("_", "")
     if plain not in TASKS:
-        raise BitFitError(f"unknown task '{name}'; valid ones are {listed(TASKS)}")
+        check_known("task", name, TASKS)
     return plain
 
 
@@ -76,8 +76,7 @@ def kind_of_files(files: Sequence[Path], kind: str | None = None) -> str:
         For an unknown kind, or files of several.
     """
     if kind is not None:
-        if kind not in KINDS:
-            raise BitFitError(f"unknown task kind '{kind}'; valid ones are {listed(KINDS)}")
+        check_known("task kind", kind, KINDS)
         return kind
     found = {}
     for path in files:
@@ -145,8 +144,8 @@ def load_task(
     BitFitError
         If what is asked for does not exist or is broken.
     """
-    if unknown := [kind for kind in kinds if kind not in SPLITS]:
-        raise BitFitError(f"unknown split '{unknown[0]}'; valid ones are {listed(SPLITS)}")
+    for split in kinds:
+        check_known("split", split, SPLITS)
     given = {"train": train_file, "validation": validation_file, "test": test_file}
     files = {k: Path(f) for k, f in given.items() if f is not None and k in kinds}
     if task is not None and any(f is not None for f in given.values()):

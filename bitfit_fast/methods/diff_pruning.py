@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import BitFitError
 from ..models.families import head_prefix
-from .places import matrices
 from .sparse import Sparse
 
 __all__ = ["DiffPruning"]
@@ -87,12 +86,7 @@ class DiffPruning(Sparse):
 
     def attach(self, model: nn.Module, head: set[str]) -> None:
         """Begin the first phase."""
-        hosts = matrices(model, head)
-        if not hosts:
-            raise BitFitError(
-                f"{type(model).__name__} has no linear layers inside of its layers, which "
-                f"method '{self.method}' needs"
-            )
+        hosts = self.places(model, head)
         prefix = head_prefix(model) or ""
         self.base_size = sum(
             p.numel() for n, p in model.named_parameters() if n.startswith(prefix) and n not in head

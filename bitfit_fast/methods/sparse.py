@@ -214,14 +214,19 @@ class Sparse(Addition):
         """Return the flat indices of the entries that train in each of `hosts`."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module, head: set[str]) -> None:
-        """Choose entries and begin with differences of zero."""
+    def places(self, model: nn.Module, head: set[str]) -> dict[str, nn.Module]:
+        """Return the linear layers whose weights may change, by name; there has to be one."""
         hosts = matrices(model, head)
         if not hosts:
             raise BitFitError(
                 f"{type(model).__name__} has no linear layers inside of its layers, which "
                 f"method '{self.method}' needs"
             )
+        return hosts
+
+    def attach(self, model: nn.Module, head: set[str]) -> None:
+        """Choose entries and begin with differences of zero."""
+        hosts = self.places(model, head)
         self.put(hosts, self.choose(model, hosts, head))
 
     def reattach(self, model: nn.Module, head: set[str], tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..additions import Addition
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, check_known, listed
 from ..random_state import device_of, seeded
 from ..selection import Selection, refuse_choice, select, select_added, select_frozen, select_full
 from .adapters import Adapters
@@ -194,8 +194,7 @@ def prepare(
     BitFitError
         For an unknown method, an option that it does not take, or a model that it cannot.
     """
-    if method not in METHODS:
-        raise BitFitError(f"unknown method '{method}'; valid ones are {listed(METHODS, 20)}")
+    check_known("method", method, METHODS)
     row = METHODS[method]
     if row.kind is None:
         option_values(method, row.options, options)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BitFitError, BitFitWarning, listed
+from ..errors import BitFitError, BitFitWarning, check_known, listed
 from ..kinds import KINDS, Kind
 from ..random_state import seeded
 from ..tensorfile import ALIGNMENT
@@ -99,8 +99,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _row(kind: str) -> Kind:
-    if kind not in KINDS:
-        raise BitFitError(f"unknown task kind '{kind}'; valid ones are {listed(KINDS)}")
+    check_known("task kind", kind, KINDS)
     return KINDS[kind]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import BitFitError, listed
+from ..errors import check_known
 from ..kernels._constants import ACTIVATIONS, quantisation
 from ._autograd import as_rows, check_shapes, contiguous, once, operation, shaped
 from ._backend import uses_native, uses_triton
@@ -198,8 +198,7 @@ def bias_activation(
     BitFitError
         For an unknown activation, or a bias of another shape.
     """
-    if act not in ACTIVATIONS:
-        raise BitFitError(f"unknown activation '{act}'; valid ones are {listed(ACTIVATIONS)}")
+    check_known("activation", act, ACTIVATIONS)
     check_shapes(x, b=b)
     if x.numel() == 0:
         return composed(x, b, act)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Collate
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, check_known
 from ..selection import Selection
 from .fast import FastBackend
 from .modules import ModulesBackend
@@ -90,8 +90,7 @@ def check_backend(name: str) -> None:
     BitFitError
         With the valid names.
     """
-    if name not in ("auto", *BACKENDS):
-        raise BitFitError(f"unknown backend '{name}'; valid ones are auto, {listed(BACKENDS)}")
+    check_known("backend", name, ("auto", *BACKENDS))
 
 
 def choose_backend(

@@ -26,7 +26,7 @@ from ..additions import addition, obstacle
 from ..arena import Arena
 from ..checkpoint import fingerprint, save, stored
 from ..encoder import MEMORY, PRECISIONS, encoder_of
-from ..errors import BitFitError, listed
+from ..errors import BitFitError, check_known, listed
 from ..patching import patch, patch_encoder, unpatch
 from ..selection import Selection, is_patched, select, undone_on_failure
 from .fixed import LONGEST, budgets, check_budget
@@ -118,8 +118,7 @@ class BitFitTrainer(Trainer):
         token_budget: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        if memory not in MEMORY:
-            raise BitFitError(f"unknown memory mode '{memory}'; valid ones are {listed(MEMORY)}")
+        check_known("memory mode", memory, MEMORY)
         budget = None if token_budget is None else tuple(token_budget)
         self.memory, self.graph = memory, graph
         self.token_budget = Settings(token_budget=budget).token_budget
