@@ -1,5 +1,6 @@
 """Small models that every test can build in milliseconds, and the real data where it is."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -31,6 +32,7 @@ from transformers import (
 
 from bitfit_fast import select
 from bitfit_fast.kernels import library
+from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
 # convolutions in fp32 are held to float64 as others are
@@ -127,6 +129,45 @@ def no_interpreter(request, monkeypatch):
         monkeypatch.setenv(BACKEND_VARIABLE, "native" if fast else "torch")
 
 
+@pytest.fixture
+def choose_backend(monkeypatch):
+    """Let an implementation run, or skip the test where it cannot."""
+
+    def choose(name):
+        if name == "triton":
+            pytest.importorskip("triton", reason="triton is installed on Linux only")
+        if name == "native" and (reason := library.unavailable()):
+            pytest.skip(reason)
+        monkeypatch.setenv(BACKEND_VARIABLE, name)
+        return name
+
+    return choose
+
+
+@pytest.fixture
+def device(backend):
+    """Where an implementation runs, which a fixture of the test's own folder chose."""
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+@pytest.fixture
+def saved():
+    """Collect what autograd keeps."""
+
+    @contextlib.contextmanager
+    def collect():
+        tensors = []
+
+        def keep(tensor):
+            tensors.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield tensors
+
+    return collect
+
+
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory) -> Path:
     """A saved BERT of two layers with random weights, and its tokenizer."""
@@ -166,6 +207,31 @@ def data_dir() -> Path:
     if not folder:
         pytest.skip("BITFIT_FAST_DATA does not name the folder of real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Run a program twice at once, told which of the two it is, and where they meet."""
+
+    def run(*program, meeting):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *program, str(rank), meeting],
+                cwd=Path(__file__).parents[1],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [process.communicate(timeout=60)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+    return run
 
 
 @pytest.fixture

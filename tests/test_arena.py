@@ -1,10 +1,6 @@
 """The arena against separate parameters, and its AdamW against PyTorch's."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -633,25 +629,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch lacks its distributed part")
-def test_all_reduce_averages_over_two_processes(tmp_path):
-    meeting = (tmp_path / "meeting").as_uri()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), meeting],
-            cwd=Path(__file__).parent.parent,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+def test_all_reduce_averages_over_two_processes(tmp_path, two_ranks):
+    two_ranks("-c", WORKER, meeting=(tmp_path / "meeting").as_uri())
 
 
 def test_the_trainer_of_transformers_takes_it_and_resumes(model, tmp_path):

@@ -12,10 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfit_fast
 from bitfit_fast.encoder import Encoder
-from bitfit_fast.kernels import library
-from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.models.families import biases
-from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
 SIZES = {
     "hidden_size": 48,
@@ -68,20 +65,9 @@ QUESTION, CHOICE = "ForQuestionAnswering", "ForMultipleChoice"
 
 
 @pytest.fixture(autouse=True)
-def backend(request, monkeypatch):
+def backend(request, choose_backend):
     """Which implementation runs: PyTorch's, unless a test asks for another."""
-    chosen = getattr(request, "param", "torch")
-    if chosen == "triton":
-        pytest.importorskip("triton", reason="triton is installed on Linux only")
-    if chosen == "native" and (reason := library.unavailable()):
-        pytest.skip(reason)
-    monkeypatch.setenv(BACKEND_VARIABLE, chosen)
-    return chosen
-
-
-@pytest.fixture
-def device(backend):
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    return choose_backend(getattr(request, "param", "torch"))
 
 
 @pytest.fixture(params=MODELS)

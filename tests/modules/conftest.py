@@ -1,6 +1,5 @@
 """What the tests of patched models share: small models, their gradients, the tolerance rule."""
 
-import contextlib
 import copy
 
 import pytest
@@ -10,10 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfit_fast
-from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.models.families import biases
 from bitfit_fast.modules import Deferred
-from bitfit_fast.ops._backend import BACKEND_VARIABLE
 from bitfit_fast.ops.dropout import kept, new_seed
 
 SIZES = {
@@ -62,18 +59,9 @@ PLAIN = [name for name in MODELS if name not in ("deberta", "deberta-v2", "gpt2"
 
 
 @pytest.fixture(autouse=True)
-def backend(request, monkeypatch):
+def backend(request, choose_backend):
     """Which implementation runs: PyTorch's, unless a test asks for `triton`."""
-    chosen = getattr(request, "param", "torch")
-    if chosen == "triton":
-        pytest.importorskip("triton", reason="triton is installed on Linux only")
-    monkeypatch.setenv(BACKEND_VARIABLE, chosen)
-    return chosen
-
-
-@pytest.fixture
-def device(backend):
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    return choose_backend(getattr(request, "param", "torch"))
 
 
 @pytest.fixture(params=MODELS)
@@ -261,24 +249,6 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def calls():
     return Calls
-
-
-@pytest.fixture
-def saved():
-    """Collect what autograd keeps."""
-
-    @contextlib.contextmanager
-    def collect():
-        tensors = []
-
-        def keep(tensor):
-            tensors.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            yield tensors
-
-    return collect
 
 
 @pytest.fixture

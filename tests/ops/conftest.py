@@ -1,30 +1,15 @@
 """What the tests of the operations share: backends, random tensors, the tolerance rule."""
 
-import contextlib
-
 import pytest
 import torch
 
-from bitfit_fast.kernels import library
 from bitfit_fast.kernels._launch import INTERPRETED
-from bitfit_fast.ops._backend import BACKEND_VARIABLE
 
 
 @pytest.fixture(params=["torch", "triton", "native"])
-def backend(request, monkeypatch):
+def backend(request, choose_backend):
     """Which implementation runs; float64 tests ask for `torch` alone."""
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="triton is installed on Linux only")
-    if request.param == "native" and (reason := library.unavailable()):
-        pytest.skip(reason)
-    monkeypatch.setenv(BACKEND_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def device(backend):
-    """Where that implementation runs."""
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    return choose_backend(request.param)
 
 
 @pytest.fixture
@@ -42,24 +27,6 @@ def randn(device):
 @pytest.fixture
 def seed(device):
     return torch.tensor([1234567], device=device)
-
-
-@pytest.fixture
-def saved():
-    """Collect what autograd keeps."""
-
-    @contextlib.contextmanager
-    def collect():
-        tensors = []
-
-        def keep(tensor):
-            tensors.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            yield tensors
-
-    return collect
 
 
 @pytest.fixture

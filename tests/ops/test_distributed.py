@@ -1,9 +1,6 @@
 """Two processes with half a batch each compute the gradients of one with all of it."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,26 +12,11 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch lacks its distributed part")
-def test_two_processes_compute_the_gradients_of_one(tmp_path, monkeypatch):
+def test_two_processes_compute_the_gradients_of_one(tmp_path, monkeypatch, two_ranks):
     monkeypatch.setenv(BACKEND_VARIABLE, "torch")
     batch = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(1))
     torch.save(batch, tmp_path / "batch.pt")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), tmp_path],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    two_ranks(SCRIPT, meeting=tmp_path)
     script = runpy.run_path(str(SCRIPT))
     expected = script["gradients"](script["Model"](), batch)
     assert expected.keys() == {"b1", "b2", "beta", "head", "head_b"}
