@@ -155,10 +155,9 @@ def _task(item: Item) -> TaskEntry:
 
 
 def _task_name(item: Item) -> str:
-    try:
-        return task_name(item.text())
-    except BitFitError as error:
-        raise item.fail(str(error)) from None
+    name = item.text()
+    with item.placing():
+        return task_name(name)
 
 
 def _method(item: Item, tasks: Collection[str]) -> MethodEntry:

@@ -23,7 +23,7 @@ from ..files import write_json
 from .claims import SIGN, Claims
 from .grid import Study
 from .sweeps import FINAL, Plan, Run, check_methods, expand, measure, settle
-from .worker import DONE, FAILED, OPEN, fail, noted_of, state, summary_of, work
+from .worker import DONE, FAILED, OPEN, data_of, fail, state, summary_of, work
 
 __all__ = ["open_folder", "run_folder", "run_study"]
 
@@ -95,10 +95,10 @@ def open_folder(study: Study, output: Path, report_only: bool = False) -> Plan:
             "choose another folder"
         )
     for run in plan.runs.values():
-        noted, now = noted_of(run_folder(output, run)), measured[run.task.key].digest
-        if noted is not None and noted.get("data", now) != now:
+        folder = run_folder(output, run)
+        if data_of(run, folder) not in (None, measured[run.task.key].digest):
             raise BitFitError(
-                f"the data of {run.task.key} has changed since {run_folder(output, run)} was done; "
+                f"the data of {run.task.key} has changed since {folder} was done; "
                 "choose another folder, or bring the data back"
             )
     write_json(marker, {"study": study.name, "training_examples": {**known, **lengths}})

@@ -27,7 +27,17 @@ from ..training.run_folder import RunFolder
 from ..training.settings import Settings
 from .sweeps import FINAL, TRIAL, Run, hold_back, load_source
 
-__all__ = ["DONE", "FAILED", "OPEN", "noted_of", "perform", "state", "summary_of", "work"]
+__all__ = [
+    "DONE",
+    "FAILED",
+    "OPEN",
+    "data_of",
+    "noted_of",
+    "perform",
+    "state",
+    "summary_of",
+    "work",
+]
 
 #: States of a run's folder.
 DONE, FAILED, OPEN = "done", "failed", "open"
@@ -47,6 +57,14 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 def noted_of(folder: Path) -> dict[str, Any] | None:
     """Return what a finished run noted of itself besides, or None."""
     return _read(folder / _NOTED)
+
+
+def data_of(run: Run, folder: Path) -> str | None:
+    """Return the SHA-256 of the data that a run was done on; None where nothing says so."""
+    if (found := (noted_of(folder) or {}).get("data")) is not None:
+        return found
+    # of others, the summary knows of the part that was not held back
+    return (summary_of(folder) or {}).get("data") if run.purpose == FINAL else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -90,6 +108,9 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
         share = run.search.held_back if run.search and run.purpose == TRIAL else _CLOCK_SHARE
         data = hold_back(data, share, settings.train_examples, settings.seed)
         settings = replace(settings, train_examples=None)
+    trained, now = summary_of(folder), data.digest()
+    if trained is not None and trained.get("data", now) != now:
+        raise BitFitError(f"the data of {run.task.key} has changed since {folder} was done")
     files = RunFolder(folder)
     method = run.method
     with warnings.catch_warnings(record=True) as caught:

@@ -110,6 +110,7 @@ BAD = {
     "tasks: rte\nmethods: full\ntasks: mrpc\n": "line 3: 'tasks' is given twice",
     "tasks: rte\n": "the key methods is missing",
     "tasks: [rte,\n  rtee]\nmethods: full\n": "line 2, tasks: unknown task 'rtee'; valid ones are",
+    "tasks:\n  - task: [rte]\nmethods: full\n": "line 2, task: expected text, found",
     "tasks: rte\nmethods:\n  - full\n  - half\n": "line 4, methods: unknown method 'half'; valid",
     "tasks: rte\nmethods:\n  - method: bitfit\n    termz: query\n": "line 4, methods: unknown key",
     "tasks: rte\nmethods:\n  - method: bitfit\n    terms: all,query\n": "line 4, terms: 'all'",

@@ -224,6 +224,12 @@ def test_runs_on_other_data_are_not_mixed_with_old_ones(study_file, files, tmp_p
     ):
         open_folder(read_study(path), output)
     assert open_folder(read_study(path), output, report_only=True).runs.keys() == plan.runs.keys()
+    # nor is one that was killed when it had been trained, but not noted
+    (run_folder(output, run) / "run.json").unlink()
+    with pytest.raises(BitFitError, match=r"the data of .*train\.csv has changed since"):
+        if purpose == FINAL:
+            open_folder(read_study(path), output)
+        perform(run, run.settings, run_folder(output, run), "none")
 
 
 def test_a_report_needs_no_data(study_file, files, tmp_path):
