@@ -286,7 +286,7 @@ def patch_encoder(
         What `select` returned; by default what the model's `requires_grad` flags say.
     precision : str
         `fp32`, which agrees with the unpatched model to the rounding of fp32, or `bf16`:
-        a copy of the layers' weights is made once, and multiplied.
+        a copy of the layers' weights is made once, and multiplied in it.
     memory : str
         `fast`, `low`, `lower` or `lowest`: how much is kept for the backward pass. In 16 bits
         and for a width of d at most 18 d + 8, 14 d + 8, 10 d + 8, 4 d + 8 bytes a token and

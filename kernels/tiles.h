@@ -2,9 +2,9 @@
 // time.
 //
 // A weight never changes, so it is packed once, for the forward and for the backward pass: panels
-// of 32 columns, in each the steps one after the other, which are loaded as they are. What follows
-// a product, bias, residual, activation and sums over tokens, is done on each 32 x 32 numbers of
-// it while they are in the first-level cache.
+// of 32 columns, in each the steps one after the other, in the order in which they are loaded. What
+// follows a product, bias, residual, activation and sums over tokens, is done on each 32 x 32
+// numbers of it while they are in the first-level cache.
 #pragma once
 
 #include "norm.h"

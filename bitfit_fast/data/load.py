@@ -59,7 +59,7 @@ def task_name(name: str) -> str:
         For an unknown task.
     """
     plain = name.lower().replace("-", "").replace("_", "")
-    if plain not in TASKS:
+    if plain not in TASKS:  # which is told of as it was spelled
         check_known("task", name, TASKS)
     return plain
 

@@ -25,6 +25,10 @@ KINDS = {
         "-march=haswell",
         "(1, torch.float32, False) (1, torch.bfloat16, False) False 8",
     ),
+    "AVX-512": (
+        "-march=skylake-avx512",
+        "(1, torch.float32, False) (1, torch.bfloat16, False) False 16",
+    ),
     "AVX512-BF16": (
         f"-DEMULATED_BF16 {_EMULATED}",
         "(1, torch.float32, False) (1, torch.bfloat16, True) False 16",
