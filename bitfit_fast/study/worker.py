@@ -108,8 +108,8 @@ def perform(run: Run, settings: Settings, folder: Path, keep: str) -> None:
         share = run.search.held_back if run.search and run.purpose == TRIAL else _CLOCK_SHARE
         data = hold_back(data, share, settings.train_examples, settings.seed)
         settings = replace(settings, train_examples=None)
-    trained, now = summary_of(folder), data.digest()
-    if trained is not None and trained.get("data", now) != now:
+    trained = summary_of(folder)
+    if trained is not None and trained.get("data") not in (None, data.digest()):
         raise BitFitError(f"the data of {run.task.key} has changed since {folder} was done")
     files = RunFolder(folder)
     method = run.method
