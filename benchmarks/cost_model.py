@@ -21,6 +21,7 @@ sequences of 128 tokens, too.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,12 @@ def count_all(
 ) -> dict[str, dict[str, Any]]:
     """Count every variant of `COUNTED`, and on request `APART` and those of `COMPILED`."""
     counts, works = {}, {}
-    for name, variant in COUNTED.items():
-        counts[name], works[name] = count(variant, setting)
+    asked = {name: (variant, True) for name, variant in COUNTED.items()}
     if apart:
-        counts[APART], _ = count(COUNTED["fast"], setting, fused=False)
+        asked[APART] = COUNTED["fast"], False
+    for name, (variant, fused) in asked.items():
+        counts[name], works[name] = count(variant, setting, fused)
+        gc.collect()  # its model is in a cycle, and all of them would take gigabytes
     if compiled:
         from compiled import count_compiled
 
