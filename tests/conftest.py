@@ -30,7 +30,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from bitfit_fast import select
+from bitfit_fast import BitFitError, load_model, save, select
 from bitfit_fast.kernels import library
 from bitfit_fast.kernels._launch import INTERPRETED
 from bitfit_fast.ops._backend import BACKEND_VARIABLE
@@ -55,6 +55,9 @@ SMALL = {
     # wide enough that the random model tells one word from another
     "initializer_range": 0.2,
 }
+LABELS = ["bad", "good"]
+IDS = torch.tensor([[1, 5, 9, 12, 2], [1, 7, 2, 0, 0], [1, 20, 21, 22, 2]])
+MASK = (IDS > 0).long()
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -87,6 +90,44 @@ def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: boo
         model_max_length=128,
         model_input_names=names,
     )
+
+
+def tiny_bert(kind=BertForSequenceClassification, **changes):
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66,
+    }
+    return kind(BertConfig(**options | changes))
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits
+
+
+def train(model, seed=0):
+    """Move what trains, as a training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                step = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * step.to(parameter.dtype))
+    return model
+
+
+def refusal(call, *arguments, **options):
+    with pytest.raises(BitFitError) as info:
+        call(*arguments, **options)
+    text = str(info.value)
+    assert "\n" not in text
+    return text
 
 
 #: Files whose tests take minutes, for which the others would wait if they came last.
@@ -189,6 +230,26 @@ def roberta_folder(tmp_path_factory) -> Path:
     pairs = "<s> $A </s> </s> $B </s>"
     tiny_tokenizer("<s>", "</s>", "<pad>", pairs=pairs, token_types=False).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fresh(bert_folder):
+    """Make the base model, with a head for two labels or others."""
+
+    def make(labels=LABELS, folder=bert_folder, **options):
+        return load_model(str(folder), labels, **options)
+
+    return make
+
+
+@pytest.fixture
+def trained(fresh, tmp_path):
+    """A trained model and its file."""
+    model = fresh()
+    select(model)
+    path = tmp_path / "trained.safetensors"
+    save(train(model), path)
+    return model, path
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The file of trained parameters: exact, refused where it does not belong, merged."""
+"""The file of trained parameters: exact, and refused where it does not belong."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import os
 import pickle
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -33,10 +29,7 @@ from bitfit_fast import (
     checkpoint,
     fingerprint,
     load,
-    load_model,
-    load_tokenizer,
     merge,
-    open_model,
     read,
     save,
     select,
@@ -46,15 +39,7 @@ from bitfit_fast import (
 from bitfit_fast.methods import METHODS
 from bitfit_fast.tensorfile import write_tensors
 
-LABELS = ["bad", "good"]
-IDS = torch.tensor([[1, 5, 9, 12, 2], [1, 7, 2, 0, 0], [1, 20, 21, 22, 2]])
-MASK = (IDS > 0).long()
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK).logits
+from .conftest import logits, refusal, tiny_bert, train
 
 
 def state_of(model):
@@ -64,45 +49,6 @@ def state_of(model):
 def same_state(model, state):
     now = model.state_dict()
     return now.keys() == state.keys() and all(torch.equal(now[n], state[n]) for n in state)
-
-
-def train(model, seed=0):
-    """Move what trains, as a training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                step = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.1 * step.to(parameter.dtype))
-    return model
-
-
-@pytest.fixture
-def fresh(bert_folder):
-    """Make the base model, with a head for two labels or others."""
-
-    def make(labels=LABELS, folder=bert_folder, **options):
-        return load_model(str(folder), labels, **options)
-
-    return make
-
-
-@pytest.fixture
-def trained(fresh, tmp_path):
-    """A trained model and its file."""
-    model = fresh()
-    select(model)
-    path = tmp_path / "trained.safetensors"
-    save(train(model), path)
-    return model, path
-
-
-def refusal(call, *arguments, **options):
-    with pytest.raises(BitFitError) as info:
-        call(*arguments, **options)
-    text = str(info.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -178,19 +124,6 @@ def test_labels_are_those_of_the_configuration(tmp_path, changes, labels):
     select(model)
     save(model, tmp_path / "file.safetensors")
     assert read(tmp_path / "file.safetensors").header.labels == labels
-
-
-def tiny_bert(kind=BertForSequenceClassification, **changes):
-    torch.manual_seed(0)
-    options = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 66,
-    }
-    return kind(BertConfig(**options | changes))
 
 
 def test_the_file_of_bert_base_is_small(tmp_path):
@@ -535,178 +468,6 @@ def test_buffers_are_in_the_fingerprint():
     first = fingerprint(model, ("0.bias",))
     model[1].running_mean += 1
     assert fingerprint(model, ("0.bias",)) != first
-
-
-def test_a_model_opens_with_its_base(trained, bert_folder):
-    model, tokenizer, opened = open_model(trained[1])
-    assert torch.equal(logits(model), logits(trained[0]))
-    assert model.config.id2label == {0: "bad", 1: "good"}
-    assert not model.training
-    assert tokenizer("a plot")["input_ids"][0] == tokenizer.cls_token_id
-    assert opened.header.base == str(bert_folder)
-
-
-def test_a_model_opens_with_a_base_named_otherwise(trained, bert_folder, tmp_path):
-    folder = tmp_path / "elsewhere"
-    shutil.copytree(bert_folder, folder)
-    model, _, _ = open_model(trained[1], str(folder))
-    assert torch.equal(logits(model), logits(trained[0]))
-
-
-@pytest.mark.parametrize("labels", [["a", "b", "c"], None], ids=["classes", "regression"])
-def test_a_new_head_that_did_not_train_is_in_the_file(fresh, tmp_path, labels):
-    model = fresh(labels, seed=5)
-    select(model, head=False)
-    path = tmp_path / "file.safetensors"
-    save(train(model), path)
-    assert torch.equal(logits(open_model(path)[0]), logits(model))
-
-
-@pytest.mark.filterwarnings("ignore::bitfit_fast.errors.BitFitWarning")
-def test_a_pooler_that_the_base_lacks_is_in_the_file(fresh, bert_folder, tmp_path):
-    folder = Path(shutil.copytree(bert_folder, tmp_path / "no-pooler"))
-    BertForMaskedLM.from_pretrained(folder).save_pretrained(folder)
-    model = fresh(folder=folder, seed=5)
-    select(model)
-    path = tmp_path / "file.safetensors"
-    save(train(model), path)
-    assert torch.equal(logits(open_model(path)[0]), logits(model))
-
-
-def test_a_checkpoint_without_the_name_of_its_base(tmp_path):
-    model = tiny_bert()
-    select(model)
-    path = tmp_path / "file.safetensors"
-    save(model, path)
-    assert "does not say its base model; name it (--base)" in refusal(open_model, path)
-
-
-def test_a_base_that_is_gone(fresh, bert_folder, tmp_path):
-    folder = Path(shutil.copytree(bert_folder, tmp_path / "base"))
-    model = fresh(folder=folder)
-    select(model)
-    save(model, tmp_path / "file.safetensors")
-    shutil.rmtree(folder)
-    text = refusal(open_model, tmp_path / "file.safetensors")
-    assert text == f"the model folder {folder} does not exist"
-
-
-MERGED = """
-import json, sys, torch, transformers
-folder, ids, mask = json.loads(sys.argv[1])
-model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-with torch.no_grad():
-    logits = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
-classify = transformers.pipeline("text-classification", folder, device="cpu")
-labels = [found["label"] for found in classify(["the plot was good", "dull"], top_k=None)[0]]
-print(json.dumps([logits.tolist(), labels, "bitfit_fast" in sys.modules]))
-"""
-
-
-def test_a_merged_folder_needs_this_package_no_more(trained, tmp_path):
-    folder = merge(trained[1], tmp_path / "new" / "merged")
-    assert folder == tmp_path / "new" / "merged"
-    assert [p.name for p in folder.parent.iterdir()] == ["merged"]
-    arguments = json.dumps([str(folder), IDS.tolist(), MASK.tolist()])
-    run = subprocess.run(
-        [sys.executable, "-c", MERGED, arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found, labels, imported = json.loads(run.stdout)
-    assert torch.equal(torch.tensor(found), logits(trained[0]))
-    assert set(labels) == set(LABELS)
-    assert imported is False
-
-
-def test_a_merged_folder_is_an_ordinary_base(trained, tmp_path):
-    folder = merge(trained[1], tmp_path / "merged")
-    assert torch.equal(logits(load_model(str(folder), LABELS)), logits(trained[0]))
-    assert load_tokenizer(str(folder))("a plot").keys() == {
-        "input_ids",
-        "token_type_ids",
-        "attention_mask",
-    }
-    assert load_file(folder / "model.safetensors").keys() == trained[0].state_dict().keys()
-    assert os.access(folder, os.R_OK | os.X_OK)
-
-
-@pytest.mark.parametrize("labels", [None, ["a", "b", "c"], ["a", "b", "c", "d"]])
-def test_any_head_is_merged_to_the_last_bit(fresh, tmp_path, labels):
-    model = fresh(labels)
-    select(model)
-    save(train(model), tmp_path / "file.safetensors")
-    folder = merge(tmp_path / "file.safetensors", tmp_path / "merged")
-    merged = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert torch.equal(logits(merged), logits(model))
-    assert merged.config.problem_type == model.config.problem_type
-    assert merged.config.id2label == model.config.id2label
-
-
-def test_merge_takes_an_empty_folder_but_no_other(trained, tmp_path, monkeypatch):
-    empty, full = tmp_path / "empty", tmp_path / "full"
-    empty.mkdir()
-    full.mkdir()
-    (full / "mine.txt").write_text("kept")
-    assert refusal(merge, trained[1], full).startswith(f"{full} exists already")
-    assert refusal(merge, trained[1], full / "mine.txt").startswith(f"{full / 'mine.txt'} exists")
-    assert [p.name for p in full.iterdir()] == ["mine.txt"]
-    merge(trained[1], empty)
-    assert (empty / "config.json").is_file()
-    assert "exists already" in refusal(merge, trained[1], empty)
-
-
-def test_merge_into_the_current_folder_and_through_a_link(trained, tmp_path, monkeypatch):
-    here, link = tmp_path / "here", tmp_path / "link"
-    here.mkdir()
-    link.symlink_to(tmp_path / "target")
-    (tmp_path / "target").mkdir()
-    merge(trained[1], link)
-    assert (tmp_path / "target" / "config.json").is_file()
-    monkeypatch.chdir(here)
-    merge(trained[1], ".")
-    assert (here / "config.json").is_file()
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failed_merge_leaves_nothing_behind(trained, tmp_path, monkeypatch, error, before):
-    folder = tmp_path / "new"
-    if before:
-        folder.mkdir()
-
-    def fail(self, target):
-        (Path(target) / "config.json").write_text("{")
-        raise error
-
-    listing = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", fail)
-    with pytest.raises(type(error)):
-        merge(trained[1], folder)
-    assert sorted(tmp_path.iterdir()) == listing
-    assert not before or list(folder.iterdir()) == []
-
-
-def test_a_refused_merge_leaves_nothing_behind(trained, fresh, roberta_folder, tmp_path):
-    for options in ({"base": str(roberta_folder)}, {"base": str(tmp_path / "nowhere")}):
-        refusal(merge, trained[1], tmp_path / "deep" / "merged", **options)
-    assert [p.name for p in tmp_path.iterdir()] == [trained[1].name]
-
-
-def test_merge_onto_another_base(trained, bert_folder, tmp_path):
-    folder = Path(shutil.copytree(bert_folder, tmp_path / "other"))
-    model = load_model(str(folder), LABELS)
-    with torch.no_grad():
-        model.bert.pooler.dense.weight.mul_(1.5)
-    model.save_pretrained(folder)
-    assert "fingerprint" in refusal(merge, trained[1], tmp_path / "merged", str(folder))
-    merge(trained[1], tmp_path / "merged", str(folder), any_base=True)
-    merged = load_model(str(tmp_path / "merged"), LABELS)
-    assert torch.equal(merged.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
-    assert torch.equal(merged.bert.pooler.dense.bias, trained[0].bert.pooler.dense.bias)
 
 
 def test_the_public_names_are_those_of_the_module():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfit_fast
 from bitfit_fast.models.families import biases
-from bitfit_fast.modules import Deferred
+from bitfit_fast.modules import Deferred, original
 from bitfit_fast.ops.dropout import kept, new_seed
 
 SIZES = {
@@ -56,6 +56,52 @@ MODELS = {
 }
 #: Those whose key bias the softmax does not see.
 PLAIN = [name for name in MODELS if name not in ("deberta", "deberta-v2", "gpt2")]
+
+
+def kinds(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def replaced(model):
+    return [n for n, m in model.named_modules() if original(m) is not type(m)]
+
+
+def seeded(module):
+    """Give a module's parameters numbers that do not depend on what was made before it."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def rows(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def gradients(model, x, loss=None):
+    """Return the output and every gradient, the input's included."""
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (loss or (lambda y: y.square().sum()))(out).backward()
+    return {"out": out.detach(), "x": x.grad} | {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def only_biases(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] == "bias")
+    return model
 
 
 @pytest.fixture(autouse=True)
