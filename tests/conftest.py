@@ -210,6 +210,12 @@ def saved():
 
 
 @pytest.fixture(scope="session")
+def users_environment() -> dict[str, str]:
+    """What a program finds that a user starts: no interpreter of Triton's, no choice of backend."""
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", BACKEND_VARIABLE)}
+
+
+@pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory) -> Path:
     """A saved BERT of two layers with random weights, and its tokenizer."""
     folder = tmp_path_factory.mktemp("bert") / "tiny-bert"

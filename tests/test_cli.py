@@ -69,12 +69,14 @@ def quick(model, output, *more):
 
 
 @pytest.fixture(scope="session")
-def trained(bert_folder, rte_folder, tmp_path_factory):
+def trained(bert_folder, rte_folder, users_environment, tmp_path_factory):
     """A finished BitFit run on the small RTE."""
     output = tmp_path_factory.mktemp("runs") / "rte"
     arguments = quick(bert_folder, output, "--task", "RTE", "--data-dir", rte_folder)
     command = [sys.executable, "-m", "bitfit_fast", *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=120, env=users_environment
+    )
     # warnings are one line each for the person at the keyboard
     warned = done.stderr.splitlines()
     assert all(line.startswith("warning: ") for line in warned), warned

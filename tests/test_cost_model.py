@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,26 +16,27 @@ GUARDED = ("launches", "bytes", "flops", "saved_bytes_per_token_layer")
 WIDTH = 768
 
 
-def run(*options):
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "benchmarks/cost_model.py", *options],
-        cwd=ROOT,
-        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture(scope="module")
+def run(users_environment):
+    """Run the cost model, and return what it prints."""
 
+    def run(*options):
+        process = subprocess.run(
+            [sys.executable, "benchmarks/cost_model.py", *options],
+            cwd=ROOT,
+            env={**users_environment, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout
 
-def counts(*options):
-    return json.loads(run("--json", *options))
+    return run
 
 
 @pytest.fixture(scope="module")
-def sizes(tmp_path_factory):
+def sizes(run, tmp_path_factory):
     """Give the counts of both sizes, tokens x sequences, with some dropout."""
 
     @functools.cache
@@ -100,8 +100,8 @@ def test_products_are_those_of_the_layers(now):
     assert products < now["reference"]["flops"] < 1.05 * products
 
 
-def test_compiled_references_do_the_same_products_in_fewer_launches():
-    found = counts("--model", "tiny", "--compiled")
+def test_compiled_references_do_the_same_products_in_fewer_launches(run):
+    found = json.loads(run("--json", "--model", "tiny", "--compiled"))
     reference = found["reference"]
     for name in ("compiled", "compiled-bf16"):
         row = found[name]

@@ -591,17 +591,15 @@ except AttributeError as error:
 
 
 @pytest.fixture(scope="module")
-def processes(bert_folder, tmp_path_factory):
+def processes(bert_folder, users_environment, tmp_path_factory):
     """Train in two processes, and in one; return what a kind of training left in each."""
     if not hasattr(os, "fork") or not torch.distributed.is_available():
         pytest.skip("forks its processes, and needs the distributed part of torch")
     folder = tmp_path_factory.mktemp("processes")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # as users' programs run, without Triton's interpreter
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("two_processes.py"), bert_folder, folder],
-        env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=users_environment | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
