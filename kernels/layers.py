@@ -233,12 +233,13 @@ def layers_bwd(
         fp32, those sums.
     """
     width, structs, sums = dy.shape[1], [], []
+    sizes: list[int] = []
+    for layer, needed in zip(layers, needs):
+        widths = (width, width, layer.weights[3].columns, *[width] * 5)
+        sizes += [size * wanted for size, wanted in zip(widths, needed)]
+    room = iter(dy.new_empty(sum(sizes)).split(sizes))
     for layer, each, needed in zip(layers, kept, needs):
-        sizes = [width] * 8
-        sizes[2] = layer.weights[3].columns
-        sizes = [size * wanted for size, wanted in zip(sizes, needed)]
-        room = dy.new_empty(sum(sizes)).split(sizes)
-        found = [part if wanted else None for part, wanted in zip(room, needed)]
+        found = [part if wanted else None for wanted, part in zip(needed, room)]
         struct = _struct(layer, each[0], each[1], each[2:], act)
         struct.ends[:] = [*map(library.pointer, found[:5])]
         struct.sums[:] = [*map(library.pointer, found[5:])]

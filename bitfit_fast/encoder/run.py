@@ -102,7 +102,8 @@ class Run:
         #: The same one by one, once they are asked for
         self._each: Sequence[Tensor] | None = None
         self._numbers: list[int] | None = None
-        self._joined: Tensor | None = None
+        #: The joined biases of q, k and v by layer, once they are asked for
+        self._joined: Sequence[Tensor] | None = None
 
     def drop(self, at: int) -> tuple[float, Tensor | None]:
         """Return probability and seed of the dropout at a place."""
@@ -140,12 +141,13 @@ class Run:
         """Return some parts of the joined biases of q, k and v of a layer."""
         if self._joined is None:
             self._joined = self._joined_biases()
-        width = self.stack.width
-        joined = self._joined
-        return None if not joined.numel() else joined[number, first * width : last * width]
+        if not self._joined:
+            return None
+        joined, width = self._joined[number], self.stack.width
+        return joined if (first, last) == (0, 3) else joined[first * width : last * width]
 
-    def _joined_biases(self) -> Tensor:
-        """Return the biases of q, k and v of all layers, `[L, 3 d]`; empty where there are none."""
+    def _joined_biases(self) -> Sequence[Tensor]:
+        """Return the biases of q, k and v of each layer, `[3 d]`; nothing where there are none."""
         count = len(self.stack.layers)
         parts = [
             self.biases[number * len(ROLES) + role]
@@ -154,7 +156,7 @@ class Run:
         ]
         there = [part for part in parts if part is not None]
         if not there:
-            return torch.empty(0)
+            return ()
         if len(there) < len(parts):
             zero = torch.zeros_like(there[0])
             there = [zero if part is None else part for part in parts]
@@ -165,8 +167,8 @@ class Run:
             # one launch, not two
             joined = torch.empty(sum(map(len, there)), dtype=dtype, device=there[0].device)
             torch._foreach_copy_(list(joined.split([len(part) for part in there])), there)
-            return joined.view(count, -1)
-        return torch.cat(there).to(dtype).view(count, -1)
+            return joined.view(count, -1).unbind()
+        return torch.cat(there).to(dtype).view(count, -1).unbind()
 
     # ------------------------------------------------------------ between the two passes
 

@@ -161,6 +161,14 @@ class Stack:
     stops: bool = True
     seeds_apart: Tensor | None = field(default=None, repr=False, compare=False)
     _first: tuple[Product, Product] | None = field(default=None, repr=False, compare=False)
+    #: What `whole_weights` found, by layer and pass.
+    _whole: dict[tuple[int, str], tuple[Any, ...] | None] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copied model's is, which packs its own weights."""
+        return {**vars(self), "_whole": {}}
 
     @property
     def width(self) -> int:
@@ -206,6 +214,11 @@ class Stack:
         which : str
             The `forward` or the `backward` pass.
         """
+        if (number, which) not in self._whole:
+            self._whole[number, which] = self._whole_weights(number, which)
+        return self._whole[number, which]
+
+    def _whole_weights(self, number: int, which: str) -> tuple[Any, ...] | None:
         if self.pre_norm or self.recomputes:
             return None
         layer = self.layers[number]
