@@ -8,7 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["cache_folder", "put"]
+__all__ = ["UnusableError", "cache_folder", "put"]
+
+
+class UnusableError(OSError):
+    """The folder cannot be used, by which the message says how to name another."""
+
+    def __init__(self, folder: Path, why: str) -> None:
+        super().__init__(f"{why}: {folder}; XDG_CACHE_HOME may name another folder")
 
 
 def cache_folder() -> Path:
@@ -21,9 +28,18 @@ def put(file: Path, make: Callable[[Path], object], replaces: bool = True) -> No
     """Let `make` write a file beside its place, and move it there: others may be writing it too.
 
     What is there already stays unless the new one `replaces` it.
+
+    Raises
+    ------
+    UnusableError
+        Where nothing can be written there.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=file.parent)
+    except OSError as error:
+        raise UnusableError(file.parent, f"nothing can be kept ({error.strerror})") from error
+    with beside as folder:
         made = Path(folder) / file.name
         make(made)
         if replaces:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._cache import cache_folder, put
+from ._cache import UnusableError, cache_folder, put
 from ._constants import ACTIVATIONS, ROUNDS, threshold
 
 __all__ = [
@@ -64,6 +64,8 @@ _FLAGS = (
 _WITHOUT_MATRIX_UNITS = ("-mno-amx-bf16", "-mno-amx-tile")
 #: By which a library that another build would mend is told, and one that none would not.
 _BROKEN = "file too short", "invalid ELF header", "not found (required by"
+#: And one that lies where nothing may run.
+_FORBIDDEN = "failed to map segment"
 #: How lines begin that compilers put before the one that says what is wrong.
 _BEFORE = "In file included from", "                 from"
 #: Activations, and what an activation's backward pass is given, by their codes.
@@ -150,6 +152,8 @@ def _opened(compiler: str, *more: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
+        if _FORBIDDEN in str(error):
+            raise UnusableError(library.parent, "nothing may run from where it is kept") from error
         if not any(sign in str(error) for sign in _BROKEN):
             raise
         return ctypes.CDLL(str(_build(compiler, *more, anew=True)))
@@ -165,6 +169,8 @@ def _loaded() -> ctypes.CDLL | str:
         library = _opened(compiler)
         if library.bitfit_is_refused():
             library = _opened(compiler, *_WITHOUT_MATRIX_UNITS)
+    except UnusableError as error:
+        return str(error)
     # or without a home, or a CXX whose quotes do not end
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)

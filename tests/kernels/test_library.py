@@ -1,5 +1,6 @@
 """Building the kernels for CPUs: once, kept in the cache, and doing without where it fails."""
 
+import ctypes
 import os
 import shutil
 import stat
@@ -117,7 +118,17 @@ def test_a_compiler_that_fails_at_the_source(cache, compiler, monkeypatch, body,
 def test_a_cache_that_cannot_be_written(cache, compiler, monkeypatch):
     compiler()
     cache.write_text("no folder")
-    does_without(monkeypatch, "could not build native.cpp", str(cache))
+    does_without(monkeypatch, "nothing can be kept (File exists)", str(cache), "XDG_CACHE_HOME")
+
+
+def test_a_cache_that_nothing_may_run_from(cache, compiler, monkeypatch):
+    def forbidden(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    compiler("true")
+    monkeypatch.setattr(library, "put", lambda file, make: None)
+    monkeypatch.setattr(ctypes, "CDLL", forbidden)
+    does_without(monkeypatch, "nothing may run from", str(cache), "XDG_CACHE_HOME")
 
 
 def test_without_a_home_pytorch_runs(cache, compiler, monkeypatch):
