@@ -21,6 +21,8 @@ cd "$here" || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+# a machine that is lent may hold PyTorch uncompiled, which takes each process a minute to import
+unset PYTHONDONTWRITEBYTECODE
 # it would time the kernels in Triton's interpreter
 unset TRITON_INTERPRET
 failed=()
