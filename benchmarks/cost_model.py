@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from saved import Saved
 from steps import VARIANTS, Setting, batches, build
-from work import DEVICE, Counted
+from work import DEVICE, Counted, Work
 
 from bitfit_fast.files import write_json
 from bitfit_fast.training.fast import FastStep
@@ -129,19 +129,22 @@ def count_all(
     setting: Setting, compiled: bool = False, apart: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Count every variant of `COUNTED`, and on request `APART` and those of `COMPILED`."""
-    counts, works = {}, {}
+    counts: dict[str, dict[str, Any]] = {}
+    tail: list[tuple[str, Work]] = []
     asked = {name: (variant, True) for name, variant in COUNTED.items()}
     if apart:
         asked[APART] = COUNTED["fast"], False
     for name, (variant, fused) in asked.items():
-        counts[name], works[name] = count(variant, setting, fused)
-        gc.collect()  # its model is in a cycle, and all of them would take gigabytes
+        counts[name], counted = count(variant, setting, fused)
+        if name == "reference":
+            tail = counted.tail
+        gc.collect()  # fast models are in cycles, and all of them would take gigabytes
     if compiled:
         from compiled import count_compiled
 
         batch, _ = _batch(COUNTED["reference"], setting)
         for name, variant in COMPILED.items():
-            counted = count_compiled(variant, setting, batch, works["reference"].tail)
+            counted = count_compiled(variant, setting, batch, tail)
             counts[name] = _row(counted, True)
     return counts
 

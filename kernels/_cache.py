@@ -12,10 +12,10 @@ __all__ = ["UnusableError", "cache_folder", "put"]
 
 
 class UnusableError(OSError):
-    """The folder cannot be used, by which the message says how to name another."""
+    """The folder cannot be used; the message says why, and how to name another."""
 
-    def __init__(self, folder: Path, why: str) -> None:
-        super().__init__(f"{why}: {folder}; XDG_CACHE_HOME may name another folder")
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}; XDG_CACHE_HOME may name another folder")
 
 
 def cache_folder() -> Path:
@@ -38,7 +38,8 @@ def put(file: Path, make: Callable[[Path], object], replaces: bool = True) -> No
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(dir=file.parent)
     except OSError as error:
-        raise UnusableError(file.parent, f"nothing can be kept ({error.strerror})") from error
+        why = f"nothing can be written to {file.parent} ({error.strerror})"
+        raise UnusableError(why) from error
     with beside as folder:
         made = Path(folder) / file.name
         make(made)

@@ -7,6 +7,7 @@ batches the calls themselves are what takes long.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -239,7 +240,8 @@ def layers_bwd(
         sizes += [size * wanted for size, wanted in zip(widths, needed)]
     room = iter(dy.new_empty(sum(sizes)).split(sizes))
     for layer, each, needed in zip(layers, kept, needs):
-        found = [part if wanted else None for wanted, part in zip(needed, room)]
+        parts = itertools.islice(room, len(needed))
+        found = [part if wanted else None for part, wanted in zip(parts, needed)]
         struct = _struct(layer, each[0], each[1], each[2:], act)
         struct.ends[:] = [*map(library.pointer, found[:5])]
         struct.sums[:] = [*map(library.pointer, found[5:])]

@@ -64,7 +64,7 @@ _FLAGS = (
 _WITHOUT_MATRIX_UNITS = ("-mno-amx-bf16", "-mno-amx-tile")
 #: By which a library that another build would mend is told, and one that none would not.
 _BROKEN = "file too short", "invalid ELF header", "not found (required by"
-#: And one that lies where nothing may run.
+#: And one that lies where nothing may run, unless memory is short.
 _FORBIDDEN = "failed to map segment"
 #: How lines begin that compilers put before the one that says what is wrong.
 _BEFORE = "In file included from", "                 from"
@@ -152,8 +152,8 @@ def _opened(compiler: str, *more: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        if _FORBIDDEN in str(error):
-            raise UnusableError(library.parent, "nothing may run from where it is kept") from error
+        if _FORBIDDEN in str(error) and os.statvfs(library.parent).f_flag & os.ST_NOEXEC:
+            raise UnusableError(f"nothing may run from {library.parent}") from error
         if not any(sign in str(error) for sign in _BROKEN):
             raise
         return ctypes.CDLL(str(_build(compiler, *more, anew=True)))

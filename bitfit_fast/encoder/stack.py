@@ -162,13 +162,13 @@ class Stack:
     seeds_apart: Tensor | None = field(default=None, repr=False, compare=False)
     _first: tuple[Product, Product] | None = field(default=None, repr=False, compare=False)
     #: What `whole_weights` found, by layer and pass.
-    _whole: dict[tuple[int, str], tuple[Any, ...] | None] = field(
+    _packed: dict[tuple[int, str], tuple[Any, ...] | None] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copied model's is, which packs its own weights."""
-        return {**vars(self), "_whole": {}}
+        """Return what a copied model runs, which packs its own weights."""
+        return {**vars(self), "_packed": {}}
 
     @property
     def width(self) -> int:
@@ -214,9 +214,9 @@ class Stack:
         which : str
             The `forward` or the `backward` pass.
         """
-        if (number, which) not in self._whole:
-            self._whole[number, which] = self._whole_weights(number, which)
-        return self._whole[number, which]
+        if (number, which) not in self._packed:
+            self._packed[number, which] = self._whole_weights(number, which)
+        return self._packed[number, which]
 
     def _whole_weights(self, number: int, which: str) -> tuple[Any, ...] | None:
         if self.pre_norm or self.recomputes:

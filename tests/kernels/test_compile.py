@@ -20,23 +20,29 @@ TAKES = ("registers", "spilled", "shared")
 SHARED = {90: 232448, 80: 166912, 100: 232448}
 
 
-def compiled(capability, environment):
-    script = Path(__file__).with_name("compile_ahead.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(capability)],
-        capture_output=True, text=True, env=environment, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def results(users_environment):
-    """What was compiled for an architecture, as many at once as there are idle cores for."""
+    """What was compiled for an architecture, as many at once as each worker has cores for."""
+    script, started = Path(__file__).with_name("compile_ahead.py"), []
+
+    def compiled(capability):
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(capability)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=users_environment,
+        )  # fmt: skip
+        started.append(process)
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // workers)) as pool:
-        running = {c: pool.submit(compiled, c, users_environment) for c in SHARED}
-        yield lambda capability: running[capability].result()
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // workers))
+    running = {capability: pool.submit(compiled, capability) for capability in SHARED}
+    yield lambda capability: running[capability].result()
+    # what nobody asked for
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in started:
+        process.kill()
 
 
 def summary(rows):

@@ -1,4 +1,4 @@
-"""Hooks on patched layers: they see what they would see, and may change it."""
+"""What hooks on patched layers see, and what a model hands out besides its output, is as it was."""
 
 import pytest
 import torch
