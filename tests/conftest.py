@@ -94,15 +94,7 @@ def tiny_tokenizer(cls: str, sep: str, pad: str, *, pairs: str, token_types: boo
 
 def tiny_bert(kind=BertForSequenceClassification, **changes):
     torch.manual_seed(0)
-    options = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 66,
-    }
-    return kind(BertConfig(**options | changes))
+    return kind(BertConfig(**SMALL | {"vocab_size": 64} | changes))
 
 
 def logits(model):

@@ -143,8 +143,8 @@ class Run:
             self._joined = self._joined_biases()
         if not self._joined:
             return None
-        joined, width = self._joined[number], self.stack.width
-        return joined if (first, last) == (0, 3) else joined[first * width : last * width]
+        width = self.stack.width
+        return self._joined[number][first * width : last * width]
 
     def _joined_biases(self) -> Sequence[Tensor]:
         """Return the biases of q, k and v of each layer, `[3 d]`; nothing where there are none."""

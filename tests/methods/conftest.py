@@ -6,21 +6,11 @@ import pytest
 import torch
 import transformers
 
-import bitfit_fast
 from bitfit_fast import Split, TaskData
 
-IDS = torch.tensor([[1, 5, 9, 12, 2], [1, 7, 2, 0, 0], [1, 20, 21, 22, 2]])
-BATCH = {"input_ids": IDS, "attention_mask": (IDS > 0).long()}
-LABELS = ["bad", "good"]
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 66,
-    "initializer_range": 0.2,
-}
+from .. import conftest as shared
+
+SIZES = {**shared.SMALL, "vocab_size": 64}
 #: By class prefix, the options that differ.
 FAMILIES = {
     "Bert": SIZES,
@@ -55,37 +45,16 @@ def build():
     return make
 
 
-@pytest.fixture
-def fresh(bert_folder):
-    """Load the base model with a head for two labels."""
-    return lambda seed=0: bitfit_fast.load_model(str(bert_folder), LABELS, seed)
-
-
 @pytest.fixture(scope="session")
 def logits():
     """Return what a model gives."""
-
-    def run(model):
-        model.eval()
-        with torch.no_grad():
-            return model(**BATCH).logits
-
-    return run
+    return shared.logits
 
 
 @pytest.fixture(scope="session")
 def move():
     """Change everything that trains, as a training would."""
-
-    def step(model, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model
-
-    return step
+    return shared.train
 
 
 @pytest.fixture(scope="session")
@@ -97,4 +66,4 @@ def data():
         return Split(name, texts, tuple(i % 2 for i in range(count)))
 
     splits = {"train": split("train", 24), "validation": split("validation", 8)}
-    return TaskData("toy", tuple(LABELS), ("accuracy",), splits)
+    return TaskData("toy", tuple(shared.LABELS), ("accuracy",), splits)

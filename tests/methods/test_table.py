@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import bitfit_fast
-from bitfit_fast import BitFitError, Selection, Settings, load, merge, open_model, save, unload
+from bitfit_fast import Selection, Settings, load, merge, open_model, save, unload
 from bitfit_fast.checkpoint import read, stored
 from bitfit_fast.methods import METHODS, prepare, remove
 from bitfit_fast.tensorfile import read_tensors, write_tensors
 from bitfit_fast.training.run_folder import RunFolder
+
+from ..conftest import refusal
 
 ADDED = [name for name, method in METHODS.items() if method.kind is not None]
 #: Those that have to be trained before there is something to save.
@@ -34,13 +36,6 @@ def state_of(model):
 def same(model, state):
     now = model.state_dict()
     return list(now) == list(state) and all(torch.equal(now[n], state[n]) for n in state)
-
-
-def refused(call, *arguments, **options):
-    with pytest.raises(BitFitError) as info:
-        call(*arguments, **options)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 def settle(model, move):
@@ -149,7 +144,7 @@ def test_the_fingerprint_is_that_of_the_bare_base(fresh, trained):
 def test_merging_gives_an_ordinary_model_or_says_why_not(trained, logits, tmp_path, method):
     model, path = trained(method)
     if METHODS[method].kind.cannot_merge:
-        text = refused(merge, path, tmp_path / "merged")
+        text = refusal(merge, path, tmp_path / "merged")
         assert f"the method '{method}', which cannot be merged: " in text
         assert not (tmp_path / "merged").exists()
         return
@@ -225,7 +220,7 @@ def test_families_take_a_method_or_say_what_they_lack(build, move, prefix, metho
     before = state_of(model)
     lacking = {("DistilBert", "prefix-tuning"), ("Albert", "prefix-tuning")}
     if (prefix, method) in lacking:
-        assert "take keys and values" in refused(prepare, model, method).replace(
+        assert "take keys and values" in refusal(prepare, model, method).replace(
             "that takes", "take"
         )
         assert same(model, before) and all(p.requires_grad for p in model.parameters())
@@ -249,14 +244,14 @@ def test_a_family_without_a_row_is_served_or_refused_in_a_sentence(build, method
         model.train()(input_ids=BATCH["input_ids"], labels=torch.tensor([0, 1])).loss.backward()
         remove(model)
     else:
-        text = refused(prepare, model, method)
+        text = refusal(prepare, model, method)
         assert f"method '{method}'" in text and "family 'fnet'" in text
         assert all(p.requires_grad for p in model.parameters())
     assert same(model, before)
 
 
 def test_a_model_of_pictures_has_no_tokens(build):
-    text = refused(prepare, build("ViT", "ForImageClassification"), "prompt-tuning")
+    text = refusal(prepare, build("ViT", "ForImageClassification"), "prompt-tuning")
     assert text == (
         "method 'prompt-tuning' needs a model that takes tokens (input_ids), and those of the "
         "family 'vit' do not"
@@ -285,7 +280,7 @@ def test_a_model_of_pictures_has_no_tokens(build):
 def test_what_a_method_cannot_do_is_refused_and_nothing_changes(fresh, method, options, message):
     model = fresh()
     before = state_of(model)
-    assert refused(prepare, model, method, **options).startswith(message)
+    assert refusal(prepare, model, method, **options).startswith(message)
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
 
 
@@ -297,9 +292,9 @@ def test_two_methods_do_not_mix(fresh, trained):
         lambda: prepare(model, "full"),
         lambda: prepare(model, "frozen"),
     ):
-        assert refused(call).startswith("the model has what method 'lora' added to it; take a")
-    assert "cannot be patched: method 'lora' changes" in refused(bitfit_fast.patch, model)
-    assert "method 'lora' changes what" in refused(bitfit_fast.patch_encoder, model)
+        assert refusal(call).startswith("the model has what method 'lora' added to it; take a")
+    assert "cannot be patched: method 'lora' changes" in refusal(bitfit_fast.patch, model)
+    assert "method 'lora' changes what" in refusal(bitfit_fast.patch_encoder, model)
     assert Selection.of(model).method == "lora"
 
 
@@ -310,7 +305,7 @@ def test_only_the_reference_takes_what_changes_the_layers(fresh, bert_folder, da
     model = fresh()
     prepare(model, "random-uniform")
     tokenizer = bitfit_fast.load_tokenizer(str(bert_folder))
-    text = refused(bitfit_fast.train, model, tokenizer, data, replace(SETTINGS, backend=backend))
+    text = refusal(bitfit_fast.train, model, tokenizer, data, replace(SETTINGS, backend=backend))
     assert "method 'random-uniform' changes what its layers compute; auto would take ref" in text
 
 
@@ -373,13 +368,13 @@ def test_a_file_that_does_not_fit_changes_nothing(trained, fresh, tmp_path, logi
         (random, too_far, "entries, fewer than saved"),
         (random, other_place, "has no linear layer bert.encoder.layer.7.x to add to"),
     ):
-        assert message in refused(load, base, altered(path, tmp_path, change))
+        assert message in refusal(load, base, altered(path, tmp_path, change))
         assert same(base, before)
         assert torch.equal(logits(base), computed)
         assert Selection.of(base) == selection
         assert torch.equal(torch.get_rng_state(), random_state)
     if holds is None:
-        assert "nothing to unload" in refused(unload, base)
+        assert "nothing to unload" in refusal(unload, base)
     else:
         unload(base)
         assert same(base, bare)
@@ -396,7 +391,7 @@ def test_what_trains_is_there_after_a_file_that_does_not_fit(trained, fresh, mov
         extra = bitfit_fast.additions.addition(model)
         extra.apply(move(model))
         before, settled = state_of(model), extra.settled
-        refused(load, model, file)
+        refusal(load, model, file)
         assert same(model, before)
         assert Selection.of(model) == selection
         assert bitfit_fast.additions.addition(model).settled == settled
@@ -438,7 +433,7 @@ def test_what_changes_the_layers_is_not_loaded_into_a_patched_model(trained, fre
     patch(model)
     before, computed = state_of(model), logits(model)
     for method in ADDED:
-        text = refused(load, model, trained(method)[1])
+        text = refusal(load, model, trained(method)[1])
         assert text.startswith(f"the model is patched, and method '{method}' of ")
         assert same(model, before)
     assert torch.equal(logits(model), computed)
@@ -449,7 +444,7 @@ def test_what_changes_the_layers_is_not_loaded_into_a_patched_model(trained, fre
 def test_what_is_not_settled_is_not_saved(fresh, tmp_path):
     model = fresh()
     prepare(model, "diff-pruning")
-    assert "method 'diff-pruning' has not chosen what it keeps" in refused(
+    assert "method 'diff-pruning' has not chosen what it keeps" in refusal(
         save, model, tmp_path / "file.safetensors"
     )
     assert not (tmp_path / "file.safetensors").exists()
@@ -474,7 +469,7 @@ def test_a_named_head_is_what_stays_to_train(fresh):
     assert full.method == "full" and full.head_parameters == 66 + 32 * 33
     without = prepare(model, "full", head=[])
     assert without == prepare(model, "full", head=False) and "head" not in without.counts
-    assert "begins with 'telepathy'" in refused(prepare, model, "full", head=["telepathy"])
+    assert "begins with 'telepathy'" in refusal(prepare, model, "full", head=["telepathy"])
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     assert prepare(plain, "frozen", head=["1."]).names == ("1.weight", "1.bias")
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM
 
-from bitfit_fast import BitFitError, BitFitWarning
+from bitfit_fast import BitFitWarning
 from bitfit_fast.models.loading import (
     DEFAULT_MODEL,
     load_model,
@@ -24,20 +24,14 @@ from bitfit_fast.models.loading import (
     locate,
 )
 
+from ..conftest import refusal
+
 LABELS = ("negative", "positive")
 
 
 @pytest.fixture
 def copied(bert_folder, tmp_path):
     return Path(shutil.copytree(bert_folder, tmp_path / "copy"))
-
-
-def refusal(load, *arguments):
-    with pytest.raises(BitFitError) as info:
-        load(*arguments)
-    text = str(info.value)
-    assert "\n" not in text
-    return text
 
 
 def head_of(model):
